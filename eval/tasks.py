@@ -1,0 +1,138 @@
+"""What a run can be scored on, by name: each task takes a loaded run and returns numbers by dotted key."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.toy_functions import write_tasks
+from pretrain.checkpoint.load import Loaded, load_for_evaluation
+from pretrain.config import RunConfig, ToyFunctionsData, load_config
+from pretrain.data import open_data, toy_corpus
+from pretrain.parallel.mesh import single_process
+
+from .code.nearest import NearestExample
+from .code.pass_at_k import evaluate
+from .code.sandbox import Limits
+from .code.tasks import Task, read_tasks
+from .completion import SamplingSettings, complete
+from .likelihood import bound
+
+Results = dict[str, float]
+Say = Callable[[str], None]
+
+DEMO_TASKS = Path(__file__).parent / "code" / "data" / "demo_tasks.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What a command may choose about an evaluation; written into every result."""
+
+    sampling: SamplingSettings
+    num_samples: int = 1
+    length: int | None = None
+    limit: int | None = None
+    num_draws: int = 4
+    seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A loaded model with the configuration of its run."""
+
+    config: RunConfig
+    loaded: Loaded
+
+
+def open_run(folder: Path) -> EvaluatedRun:
+    """The newest good checkpoint of a run folder and its config.yaml.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a run folder (it has no config.yaml): pass one such as runs/demo")
+    loaded = load_for_evaluation(folder)
+    return EvaluatedRun(load_config(folder / "config.yaml"), loaded)
+
+
+def run_task(task: str, run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
+    """Scores a run on a named task, or on a HumanEval-format file.
+
+    Raises:
+        ValueError: an unknown task, or one that does not fit the run.
+    """
+    if task == "bound":
+        return _bound(run, settings, say)
+    if task == "toy_functions":
+        return _toy_functions(run, settings, say)
+    path = DEMO_TASKS if task == "demo_tasks" else Path(task)
+    if not path.is_file():
+        raise ValueError(
+            f"{task!r} is not a task: use bound, toy_functions, demo_tasks, or a HumanEval-format .jsonl file"
+        )
+    name = path.name.partition(".")[0]
+    return _code(name, read_tasks(path), run, settings, say)
+
+
+def _bound(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
+    validation = open_data(run.config.data, single_process()).validation
+    if validation is None:
+        raise ValueError(f"{run.config.data} has no held-out split: tokenise with a validation fraction above 0")
+    found = bound(
+        run.loaded.model,
+        validation,
+        num_sequences=settings.limit,
+        num_draws=settings.num_draws,
+        seed=settings.sampling.seed,
+    )
+    say(f"bound: {found.nelbo:.4f} +- {found.error:.4f} nats per token on {found.tokens} held-out tokens (with draws)")
+    return {"bound.nelbo": found.nelbo, "bound.nelbo_error": found.error, "bound.tokens": found.tokens}
+
+
+def _toy_functions(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
+    data = run.config.data
+    if not isinstance(data, ToyFunctionsData):
+        raise ValueError(f"the run {run.config.name!r} was not trained on toy functions: use a run of that recipe")
+    corpus = toy_corpus(data)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tasks(corpus.held_out, Path(folder) / "tasks.jsonl")
+        tasks = read_tasks(Path(folder) / "tasks.jsonl")[: settings.limit]
+    results = _code("toy_functions", tasks, run, settings, say)
+    nearest = NearestExample((f.prompt, f.body) for f in corpus.train)
+    copies = {task.task_id: [nearest.body_for(task.prompt)] for task in tasks}
+    copied = evaluate(tasks, copies, limits=Limits(seconds=settings.seconds), workers=_workers()).pass_at_k[1]
+    say(f"toy_functions: copying the nearest training example  pass@1 {copied:.3f}")
+    return {**results, "toy_functions.nearest_example": copied}
+
+
+def _code(name: str, tasks: Sequence[Task], run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
+    tokenizer = run.loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{run.loaded.checkpoint} has no tokenizer and can not write code")
+    tasks = tasks[: settings.limit]
+    prompts = [task.prompt for task in tasks for _ in range(settings.num_samples)]
+    written = complete(
+        run.loaded.model,
+        tokenizer,
+        prompts,
+        settings.sampling,
+        length=settings.length or _canvas(tokenizer.encode_batch(prompts), run.config.data.length),
+    )
+    texts = iter(completion.text for completion in written)
+    completions = {task.task_id: [next(texts) for _ in range(settings.num_samples)] for task in tasks}
+    ks = [k for k in (1, 10, 100) if k <= settings.num_samples]
+    score = evaluate(tasks, completions, limits=Limits(seconds=settings.seconds), workers=_workers(), ks=ks)
+    for k, value in score.pass_at_k.items():
+        say(f"{name}: {len(tasks)} tasks, {settings.num_samples} sample(s) each  pass@{k} {value:.3f}")
+    return {f"{name}.pass_at_{k}": value for k, value in score.pass_at_k.items()} | {f"{name}.tasks": len(tasks)}
+
+
+def _canvas(encoded: Iterable[Sequence[int]], trained: int) -> int:
+    """The trained length, or twice the longest prompt where that is more."""
+    return max(trained, 2 * max((len(ids) for ids in encoded), default=0))
+
+
+def _workers() -> int:
+    return os.cpu_count() or 1

@@ -1,0 +1,221 @@
+"""The `penumbra` command: parse, call one room, print. Heavy imports happen inside the commands."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pretrain.refusal import run_or_refuse
+
+app = typer.Typer(
+    name="penumbra",
+    help="Pretrains masked diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.", metavar="RUN")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the measurement to this file.", metavar="FILE")
+]
+
+
+class RevealOrder(StrEnum):
+    """Which masked positions are revealed first."""
+
+    random = "random"
+    top_probability = "top_probability"
+    margin = "margin"
+    entropy = "entropy"
+
+
+class RevealAmount(StrEnum):
+    """How many positions a step reveals."""
+
+    even = "even"
+    ancestral = "ancestral"
+
+
+Steps = Annotated[int, typer.Option(help="Network calls per sample.", min=1)]
+Order = Annotated[RevealOrder, typer.Option(help="Which masked positions are revealed first.")]
+Amount = Annotated[
+    RevealAmount, typer.Option(help="Positions per step: the same number, or as the reverse process draws.")
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)]
+TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.", max=1.0)]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
+Length = Annotated[
+    int | None, typer.Option(help="Canvas in tokens, prompt included.", show_default="the trained length")
+]
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every setting of this recipe.", metavar="RECIPE")] = None,
+) -> None:
+    """List the recipes, or print all settings of one with their meanings."""
+    from .describe import describe_recipe, list_recipes
+
+    print(list_recipes() if name is None else describe_recipe(name))
+
+
+@app.command()
+def tokenize(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a .txt, .py or .jsonl file, or `stdlib` (this Python's own library).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for shards, tokenizer and manifest.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, characters, bpe:SIZE (trained on the source), or a tokenizer.json.")
+    ] = "bpe:4096",
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the documents held out, chosen by their hash.", min=0.0, max=0.99)
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
+) -> None:
+    """Turn text into shards that training reads (Megatron .bin/.idx with a manifest)."""
+    from .tokenizing import run_tokenize
+
+    run_tokenize(
+        source,
+        tokenizer=tokenizer,
+        out=out,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a run's config.yaml.", metavar="RECIPE|CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings by dotted name, for example optim.lr=3e-4 (`penumbra recipes RECIPE` lists all).",
+            metavar="[KEY=VALUE]...",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train a recipe, from its newest good checkpoint if there is one."""
+    from pretrain.config import dump_config
+    from pretrain.train import resolve
+    from pretrain.train import train as run_training
+
+    config = resolve(recipe, overrides or [])
+    if dry_run:
+        print(dump_config(config), end="")
+    else:
+        run_training(config)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    num: Annotated[int, typer.Option(help="How many samples.", min=1)] = 1,
+    steps: Steps = 64,
+    order: Order = RevealOrder.top_probability,
+    amount: Amount = RevealAmount.even,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    length: Length = None,
+    seed: Seed = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Print the text at several steps of its unmasking.")] = False,
+) -> None:
+    """Sample from a run; the unmasking is kept in RUN/samples for the report."""
+    from eval.completion import SamplingSettings
+
+    from .sampling import run_sample
+
+    settings = SamplingSettings(
+        steps=steps, amount=amount.value, order=order.value, temperature=temperature, top_p=top_p, seed=seed
+    )
+    run_sample(run, prompt, num, settings, length=length, trace=trace)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    task: Annotated[
+        str, typer.Option(help="bound, toy_functions, demo_tasks, or a HumanEval-format .jsonl file.")
+    ] = "bound",
+    json: JsonFile = None,
+    num_samples: Annotated[int, typer.Option(help="Completions per code task.", min=1)] = 1,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first so many tasks or rows.", min=1, show_default="all")
+    ] = None,
+    num_draws: Annotated[int, typer.Option(help="Noise draws per row of the bound.", min=1)] = 4,
+    steps: Steps = 64,
+    order: Order = RevealOrder.top_probability,
+    amount: Amount = RevealAmount.even,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    length: Length = None,
+    seed: Seed = 0,
+    seconds: Annotated[float, typer.Option(help="Time limit of one program.", min=0.1)] = 5.0,
+) -> None:
+    """Measure a run: its likelihood bound on held-out data, or pass@1 on code tasks."""
+    from eval.completion import SamplingSettings
+    from eval.tasks import EvaluationSettings
+
+    from .evaluating import run_evaluation
+
+    sampling = SamplingSettings(
+        steps=steps, amount=amount.value, order=order.value, temperature=temperature, top_p=top_p, seed=seed
+    )
+    settings = EvaluationSettings(
+        sampling=sampling, num_samples=num_samples, length=length, limit=limit, num_draws=num_draws, seconds=seconds
+    )
+    run_evaluation(run, task, settings, json)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file.", show_default="RUN/report.html", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from eval.report import write_report
+
+    print(write_report(run, out))
+
+
+class Benchmark(StrEnum):
+    """What `penumbra bench` measures."""
+
+    head = "head"
+    step = "step"
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        Benchmark,
+        typer.Argument(help="head: loss and gradient of the head; step: a training step against transformers' Qwen2."),
+    ],
+    json: JsonFile = None,
+    repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.", min=1)] = 5,
+) -> None:
+    """Measure speed and memory as ratios to what one would use instead, in one run."""
+    from tools.bench import run_benchmark
+
+    run_benchmark(what.value, repeats=repeats, json_file=json)
+
+
+def main() -> None:
+    """The console script."""
+    run_or_refuse(lambda: app(standalone_mode=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`penumbra sample`: prints samples, and keeps every frame of their unmasking for the report."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from eval.completion import Completion, Frame, SamplingSettings, complete
+from eval.record import write_whole
+from eval.tasks import open_run
+
+STYLES = {"prompt": "dim", "masked": "bright_black", "new": "bold green", "known": ""}
+NUM_TRACE_FRAMES = 6
+
+
+def run_sample(
+    folder: Path, prompt: str, num: int, settings: SamplingSettings, *, length: int | None, trace: bool
+) -> None:
+    """Samples from a run and writes RUN/samples/sample.json."""
+    run = open_run(folder)
+    tokenizer = run.loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{run.loaded.checkpoint} has no tokenizer and can not write text")
+    samples = complete(
+        run.loaded.model,
+        tokenizer,
+        [prompt] * num,
+        settings,
+        length=length or run.config.data.length,
+        record_frames=True,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    for number, sample in enumerate(samples):
+        console.rule(f"sample {number + 1} of {num}", align="left")
+        if trace:
+            _print_trace(console, sample)
+        console.print(Text(sample.prompt, style=STYLES["prompt"]) + Text(sample.text))
+    path = folder / "samples" / "sample.json"
+    kept = [{"prompt": s.prompt, "text": s.text, "frames": s.frames} for s in samples]
+    write_whole(path, json.dumps({"settings": {**asdict(settings), "prompt": prompt}, "samples": kept}))
+    print(f"{num} sample(s) with their unmasking: {path}")
+
+
+def _print_trace(console: Console, sample: Completion) -> None:
+    """A few frames, evenly spaced, the newly revealed tokens in colour."""
+    last = len(sample.frames) - 1
+    shown = sorted({round(last * n / (NUM_TRACE_FRAMES - 1)) for n in range(NUM_TRACE_FRAMES)})
+    for number in shown:
+        console.print(Text(f"-- after {number} of {last} steps", style="cyan"))
+        console.print(_render(sample.frames[number]))
+
+
+def _render(frame: Frame) -> Text:
+    text = Text()
+    for token, kind in frame:
+        text.append("\u2591" if kind == "masked" else token, style=STYLES[kind])
+    return text

@@ -1,0 +1,61 @@
+"""What the model consumes: one batch of packed sequences.
+
+Shapes: B sequences, L positions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens and what is known about every position.
+
+    Args:
+        tokens_BL: clean token ids, int64.
+        maskable_BL: positions the diffusion may hide, bool: not prompts, clues or padding.
+        document_BL: document number within the row, int32; -1 at padding.
+        positions_BL: position within the document, int64.
+        index_B: global sample index, int64: the argument of every random number of the row.
+        label_B: class or attribute of the sequence, int64, where the source has one.
+    """
+
+    tokens_BL: Tensor
+    maskable_BL: Tensor
+    document_BL: Tensor
+    positions_BL: Tensor
+    index_B: Tensor
+    label_B: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Tensor]) -> Self:
+        """Wraps the plain dictionary a loader yields."""
+        return cls(
+            tokens_BL=rows["tokens"],
+            maskable_BL=rows["maskable"],
+            document_BL=rows["document"],
+            positions_BL=rows["positions"],
+            index_B=rows["index"],
+            label_B=rows.get("label"),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.tokens_BL.shape[0]
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The sequences start..stop."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        mapped: dict[str, Any] = {k: v if v is None else function(v) for k, v in vars(self).items()}
+        return type(self)(**mapped)

@@ -1,0 +1,63 @@
+"""Initial weights as a function of (seed, parameter name, element): the same at any sharding, from the meta device.
+
+Rules are a table from name to distribution, read top to bottom.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .noise import normal_at, stream_key
+
+STANDARD_DEVIATION = 0.02
+CHUNK = 1 << 22
+
+RULES: tuple[tuple[str, str], ...] = (
+    (r"modulation\.(weight|bias)$", "zeros"),  # adaLN-zero: every block starts as the identity
+    (r"norm\.weight$", "ones"),
+    (r"bias$", "zeros"),
+    (r"(attention\.out|ffn\.down)\.weight$", "residual"),
+    (r"weight$", "normal"),
+)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
+    """Fills every parameter of `model` (plain or sharded as DTensors) in place.
+
+    Args:
+        num_layers: residual projections are scaled by 1 / sqrt(2 num_layers) (GPT-2).
+    """
+    scales = {"normal": STANDARD_DEVIATION, "residual": STANDARD_DEVIATION / math.sqrt(2 * num_layers)}
+    for name, parameter in model.named_parameters():
+        rule = next(kind for pattern, kind in RULES if re.search(pattern, name))
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if rule in ("ones", "zeros"):
+            local.fill_(1.0 if rule == "ones" else 0.0)
+        else:
+            _fill_normal(local, parameter, stream_key(seed, f"initial/{name}"), scales[rule])
+
+
+def _fill_normal(local: Tensor, parameter: Tensor, key: int, scale: float) -> None:
+    """Draws the local part of a parameter, a slab of rows at a time."""
+    offset = [0] * local.dim()
+    if isinstance(parameter, DTensor):
+        _, offset = compute_local_shape_and_global_offset(  # type: ignore[assignment]
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    if not local.numel():
+        return
+    width = parameter[0].numel()
+    columns = torch.arange(local[0].numel(), device=local.device)
+    if local.dim() == 2:
+        columns = columns + offset[1]
+    step = max(1, CHUNK // columns.numel())
+    for start in range(0, local.shape[0], step):
+        slab = local[start : start + step]
+        rows = torch.arange(start, start + slab.shape[0], device=local.device) + offset[0]
+        index = rows[:, None] * width + columns
+        slab.copy_(normal_at(key, index).view(slab.shape) * scale)

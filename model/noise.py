@@ -1,0 +1,131 @@
+"""Counter-based random numbers: every draw is a pure function of (seed, step, sample, stream, counter).
+
+Nothing here has state, so the same run draws the same numbers at any world size, micro-batch split or device, and
+after any resume. The generator is SplitMix64 (Steele, Lea, Flood 2014) in wrapping 64-bit integer arithmetic.
+
+Shapes: B sequences of a batch; trailing dimensions are the caller's.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # round(2**64 * 0.6180339887...): the Weyl increment, and the fraction phi itself
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, count: int) -> Tensor:
+    return (x >> count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of int64 that flips half of the output bits for any input bit."""
+    x = (x ^ _shift_right(x, 30)).mul_(_signed(_MIX1))
+    x = (x ^ _shift_right(x, 27)).mul_(_signed(_MIX2))
+    return x ^ _shift_right(x, 31)
+
+
+def _mix_integer(x: int) -> int:
+    x &= _MASK64
+    x = ((x ^ (x >> 30)) * _MIX1) & _MASK64
+    x = ((x ^ (x >> 27)) * _MIX2) & _MASK64
+    return x ^ (x >> 31)
+
+
+def stream_key(seed: int, name: str) -> int:
+    """The unsigned 64-bit key of a named stream under a seed."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One source of numbers per sequence: `key_B` int64, any two streams independent."""
+
+    key_B: Tensor
+
+    def fold(self, value: int) -> "Stream":
+        """The sub-stream number `value` (a layer, a site, a sampling step)."""
+        return Stream(_mix(self.key_B + _signed(_mix_integer(value + 1))))
+
+    def bits(self, *shape: int) -> Tensor:
+        """Uniform int64 of shape [B, *shape]; element n of a row is a function of its key and n alone."""
+        count = math.prod(shape)
+        counter = torch.arange(1, count + 1, dtype=torch.int64, device=self.key_B.device).mul_(_signed(_GOLDEN))
+        return _mix(self.key_B[:, None] + counter).view(-1, *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float64 in (0, 1) of shape [B, *shape]: 53 random bits, never 0 and never 1."""
+        return _unit_interval(self.bits(*shape))
+
+    def below(self, probability: Tensor) -> Tensor:
+        """Bernoulli draws, one per element of `probability` [B, ...], compared as 32-bit integers.
+
+        The rounding hides the last bits of `probability`, in which devices may differ.
+        """
+        threshold = (probability.double() * 2.0**32).round().to(torch.int64)
+        return _shift_right(self.bits(*probability.shape[1:]), 32) < threshold
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """Standard Gumbel draws in float64 (float32 would truncate the tail)."""
+        return -torch.log(-torch.log(self.uniform(*shape)))
+
+
+def _unit_interval(bits: Tensor) -> Tensor:
+    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What a random number of a batch depends on: the run's seed, the step, and each sequence's global index.
+
+    Args:
+        seed: the run's seed.
+        step: the optimizer step, or a sampling step.
+        index_B: global sample indices, int64 [B].
+    """
+
+    seed: int
+    step: int
+    index_B: Tensor
+
+    def stream(self, name: str) -> Stream:
+        """The named stream of every sequence in the batch."""
+        key = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
+        return Stream(_mix(_mix(self.index_B + _signed(key)) ^ _signed(_mix_integer(key))))
+
+    def stratified(self, name: str = "time") -> Tensor:
+        """Float64 [B] in (0, 1): frac(u_step + j phi) for global index j, so every contiguous slice is stratified.
+
+        A Weyl sequence in 64-bit integers, bit-identical on every device.
+        """
+        start = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
+        return _unit_interval(self.index_B * _signed(_GOLDEN) + _signed(start))
+
+    def rows(self, start: int, stop: int) -> "NoiseKey":
+        """The key of the sequences start..stop of this batch."""
+        return NoiseKey(self.seed, self.step, self.index_B[start:stop])
+
+    def to(self, device: torch.device) -> "NoiseKey":
+        """The same key on another device."""
+        return NoiseKey(self.seed, self.step, self.index_B.to(device, non_blocking=True))
+
+
+def normal_at(key: int, index: Tensor) -> Tensor:
+    """Standard normal draws in float32 at the counters `index` (int64, any shape) of the stream `key`.
+
+    Box-Muller in float64; a tensor split over ranks is drawn piece by piece with the same values.
+    """
+    base = index * 2 + _signed(key)
+    radius = torch.sqrt(-2.0 * torch.log(_unit_interval(_mix(base * _signed(_GOLDEN)))))
+    angle = (2.0 * math.pi) * _unit_interval(_mix((base + 1) * _signed(_GOLDEN)))
+    return (radius * torch.cos(angle)).float()

@@ -1,0 +1,112 @@
+"""The one transformer: a DiT or a Qwen2/Llama-style decoder, by configuration.
+
+Shapes: B sequences, L positions, D width, V vocabulary, M gathered rows, S condition segments, C condition width.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .attention import KVCache, prepare
+from .config import TransformerConfig
+from .layers import Block, TimeEmbedding, make_norm, modulate
+from .masks import MaskSpec
+from .noise import Stream
+from .rope import rotary_tables
+
+
+class Transformer(nn.Module):
+    """Embeds tokens, runs the blocks under one mask description, and keeps the head apart."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, *, time_conditioning: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute_blocks = False
+        self.embed = nn.Embedding(vocab_size, config.dim)
+        self.time = TimeEmbedding(config.condition_dim) if time_conditioning else None
+        conditioned = config.condition_dim > 0
+        shared = conditioned and config.modulation == "shared"
+        self.modulation = nn.Linear(config.condition_dim, 6 * config.dim) if shared else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config, config.dim, affine=not conditioned)
+        self.final_modulation = nn.Linear(config.condition_dim, 2 * config.dim) if conditioned else None
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        *,
+        t: Tensor | None = None,
+        mask: MaskSpec | None = None,
+        hint: Tensor | None = None,
+        condition: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        dropout: Stream | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, D], normalised and ready for `logits`.
+
+        Args:
+            x_t: token ids [B, L], or input embeddings [B, L, D].
+            t: times [B] or [B, S], used when the model is time-conditioned.
+            mask: what attention may see; default: everything.
+            hint: added to the input embeddings, [B, L, D].
+            condition: vectors [B, C] or [B, S, C], S dividing L, added to the time embedding.
+            cache: keys and values of earlier positions; this call's are appended.
+            positions: rotary positions [B, L]; default: counted on from the cache.
+            dropout: the stream to draw dropout from; None in evaluation.
+        """
+        x_BLD = x_t if x_t.is_floating_point() else self.embed(x_t)
+        if hint is not None:
+            x_BLD = x_BLD + hint
+        num_cached = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(num_cached, num_cached + x_BLD.shape[1], device=x_BLD.device)[None]
+        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
+        plan = prepare(mask or MaskSpec(), x_BLD.shape[1], num_cached, x_BLD.device)
+        condition_BSC = self._condition(t, condition)
+        modulation = condition_BSC
+        if self.modulation is not None and condition_BSC is not None:
+            modulation = self.modulation(F.silu(condition_BSC))
+        for block in self.blocks:
+            run = partial(block, cache=cache, stream=dropout)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_BLD = checkpoint(run, x_BLD, rotary, plan, modulation, use_reentrant=False)
+            else:
+                x_BLD = run(x_BLD, rotary, plan, modulation)
+        return self._final_norm(x_BLD, condition_BSC)
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, D]."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
+        """The head, on the rows you need: [M, V]. A transformer's head does not depend on which rows they are."""
+        return F.linear(hidden_MD, self.head_weight())
+
+    def _condition(self, t: Tensor | None, condition: Tensor | None) -> Tensor | None:
+        if self.config.condition_dim == 0:
+            if condition is not None:
+                raise ValueError(
+                    "this backbone has no conditioning path: set backbone.condition_dim to the vector's width"
+                )
+            return None
+        total = None if condition is None else condition if condition.dim() == 3 else condition[:, None]
+        if self.time is not None:
+            if t is None:
+                raise ValueError("a time-conditioned backbone needs t: pass times of shape [B]")
+            embedded = self.time(t if t.dim() == 2 else t[:, None])
+            total = embedded if total is None else total + embedded
+        if total is None:
+            raise ValueError("this backbone is conditioned: pass condition (or t, with time_conditioning=true)")
+        return total
+
+    def _final_norm(self, x_BLD: Tensor, condition_BSC: Tensor | None) -> Tensor:
+        x_BLD = self.norm(x_BLD)
+        if self.final_modulation is None or condition_BSC is None:
+            return x_BLD
+        shift, scale = self.final_modulation(F.silu(condition_BSC)).chunk(2, dim=-1)
+        return modulate(x_BLD, shift, scale)

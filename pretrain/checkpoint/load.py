@@ -1,0 +1,127 @@
+"""Finding the newest good checkpoint, resuming an engine from it, and loading a model for evaluation."""
+
+import json
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.tokenizers import Tokenizer
+from model.config import ModelConfig
+from model.diffusion import MaskedDiffusion
+
+from ..engines.base import Engine
+from ..state import TrainState
+from .manifest import damage, read_manifest
+
+CHECKPOINTS = "checkpoints"
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest sealed and undamaged checkpoint of a folder; damaged ones are named on stderr and passed over."""
+    sealed = sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), reverse=True)
+    for path in sealed:
+        fault = damage(path)
+        if fault is None:
+            return path
+        print(f"penumbra: passing over checkpoint {path.name}: {fault}", file=sys.stderr)
+    return None
+
+
+def resume(checkpoint: Path, engine: Engine, model: ModelConfig) -> TrainState:
+    """Loads a checkpoint into an engine, at any world size, and returns where the run stood.
+
+    Raises:
+        ValueError: the checkpoint holds another model.
+    """
+    _refuse_other_model(checkpoint, model)
+    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    tensors = engine.state_dict()
+    saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    if "ema" in tensors and not any(key.startswith("ema.") for key in saved):
+        raise ValueError(f"{checkpoint} has no averaged weights: set train.ema_decay=0 or start in another folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, checkpoint_id=checkpoint / "tensors", no_dist=engine.data_axis.size == 1)
+    engine.load_state_dict(tensors, num_updates=state.step - state.skipped)
+    return state
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for evaluation, with all that came with it."""
+
+    model: MaskedDiffusion
+    tokenizer: Tokenizer | None
+    state: TrainState
+    checkpoint: Path
+
+
+def load_for_evaluation(run: Path, *, averaged: bool = True) -> Loaded:
+    """The model of a run folder (its newest good checkpoint) or of one checkpoint folder, on the CPU, in float32.
+
+    Args:
+        averaged: use the averaged weights where the run keeps them.
+
+    Raises:
+        ValueError: nothing usable there.
+    """
+    checkpoint = _locate(run)
+    config = read_model_config(checkpoint)
+    with torch.device("meta"):
+        model = MaskedDiffusion(config)
+    model.to_empty(device="cpu")
+    saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    group = "ema" if averaged and any(key.startswith("ema.") for key in saved) else "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        dcp.load({group: weights}, checkpoint_id=checkpoint / "tensors", no_dist=True)
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer") if (checkpoint / "tokenizer").exists() else None
+    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    return Loaded(model.eval(), tokenizer, state, checkpoint)
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The model configuration that travels in a checkpoint."""
+    try:
+        return TypeAdapter(ModelConfig).validate_json((checkpoint / "model.json").read_text())
+    except (OSError, ValidationError) as error:
+        raise ValueError(f"{checkpoint}/model.json does not describe a model of this version ({error})") from None
+
+
+def _locate(run: Path) -> Path:
+    if not run.is_dir():
+        raise ValueError(f"{run} does not exist: pass a run folder such as runs/demo")
+    if (run / "manifest.json").is_file() and (run / "tensors").is_dir():
+        fault = damage(run)
+        if fault:
+            raise ValueError(f"checkpoint {run} is damaged ({fault}): use another one of the run")
+        read_manifest(run)
+        return run
+    found = newest_good(run / CHECKPOINTS)
+    if found is None:
+        raise ValueError(f"{run} has no usable checkpoint: train it first with `penumbra train`")
+    return found
+
+
+def _refuse_other_model(checkpoint: Path, model: ModelConfig) -> None:
+    there, here = _flat(asdict(read_model_config(checkpoint))), _flat(asdict(model))
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        listed = "; ".join(f"model.{key} is {there.get(key)} there and {here[key]} here" for key in differing)
+        raise ValueError(
+            f"{checkpoint} is a checkpoint of another model ({listed}): restore these settings, or train in another "
+            "folder with folder=..."
+        )
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

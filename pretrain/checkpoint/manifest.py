@@ -1,0 +1,88 @@
+"""The seal of a checkpoint: what it holds, file by file, and for which model."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written last, inside the folder, before the folder gets its final name.
+
+    Args:
+        format: version of the layout.
+        step: optimizer steps finished.
+        files: relative path -> {"size": bytes, "sha256": hex}.
+        versions: of python and torch.
+        world_size: ranks that wrote it.
+    """
+
+    format: int
+    step: int
+    files: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    world_size: int
+
+    def write(self, folder: Path) -> None:
+        """Writes and fsyncs the manifest."""
+        write_synced(folder / MANIFEST, json.dumps(asdict(self), indent=1))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a sealed checkpoint.
+
+    Raises:
+        ValueError: there is none, or it can not be read.
+    """
+    try:
+        return Manifest(**json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is not a sealed checkpoint ({error}): pass a run folder or one of its step-N folders"
+        ) from None
+
+
+def damage(folder: Path) -> str | None:
+    """What differs from the manifest (a file missing, its size or its hash), or None."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if sha256_of(path) != expected["sha256"]:
+            return f"{path} does not have its sha256"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a small file through to the disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

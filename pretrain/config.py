@@ -1,0 +1,294 @@
+"""What a run is: typed, frozen settings, dotted overrides, and validation that lists every problem at once."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from model.config import ModelConfig, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Settings):
+    """How to make the shards when they are not there: what `penumbra tokenize` takes."""
+
+    source: str
+    """A folder, a .txt, .py or .jsonl file, or `stdlib`."""
+    tokenizer: str = "bpe:4096"
+    """bytes, characters, bpe:SIZE, or a tokenizer.json."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, chosen by their hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardData(Settings):
+    """Tokenised documents on disk."""
+
+    kind: Literal["shards"] = "shards"
+    """Rows from Megatron shards."""
+    path: str
+    """Folder written by `penumbra tokenize`."""
+    length: int = 256
+    """Positions per row, L."""
+    pack: Literal["concat", "pad"] = "concat"
+    """concat: rows are cut from the stream of documents; pad: one document per row."""
+    num_workers: int = 1
+    """Prefetching processes per rank; 0 loads in the training process."""
+    prepare: PrepareConfig | None = None
+    """Makes the shards on first use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyFunctionsData(Settings):
+    """Small Python functions from a generator; only their bodies are masked."""
+
+    kind: Literal["toy_functions"] = "toy_functions"
+    """Rows from the generator."""
+    length: int = 96
+    """Positions per row, L: prompt, body, and end tokens up to L."""
+    num_trees: int = 12_000
+    """Distinct syntax trees, held-out ones included."""
+    num_held_out: int = 400
+    """Trees kept for evaluation, none of which occurs in training."""
+    variants: int = 4
+    """Functions per training tree, with other names and constants."""
+    vocab_size: int = 1024
+    """Size of the byte-level BPE trained on the training functions."""
+    seed: int = 0
+    """Seed of the generator."""
+    num_workers: int = 1
+    """Prefetching processes per rank; 0 loads in the training process."""
+
+
+DataConfig = Annotated[ShardData | ToyFunctionsData, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Settings):
+    """AdamW and its learning rate."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """After the warm-up: constant; a cosine to min_lr_ratio; or warm-up, stable, then a linear decay (WSD)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """Share of the steps that WSD spends decaying."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a fraction of the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases have none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Steps, batches, precision, clipping, averaging."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_tokens: int = 8192
+    """Tokens per optimizer step over all ranks, a multiple of data.length."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass on a rank; default: the rank's whole share of the batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16 and keeps weights, moments and reductions in float32."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    recompute: Literal["none", "full"] = "none"
+    """full: activation checkpointing of every block."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Settings):
+    """When the bound is measured, and on how much."""
+
+    every: int = 250
+    """Steps between validations; the last step always validates. 0: never."""
+    num_sequences: int = 64
+    """Held-out rows, the same ones with the same noise every time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """When to save, and what to keep."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step always saves. 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Settings):
+    """Where the numbers go; metrics.jsonl is always written."""
+
+    every: int = 10
+    """Steps between lines."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """A run. The same RunConfig on the same machine gives the same losses, bit for bit."""
+
+    name: str
+    """Name of the run; its folder is runs/NAME unless `folder` is set."""
+    folder: str = ""
+    """Where checkpoints, metrics and reports go. Default: runs/NAME."""
+    seed: int = 0
+    """Seeds initial weights, data order and noise."""
+    data: DataConfig
+    """What it trains on."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it is optimised."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The bound on held-out rows during training."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logging."""
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder or f"runs/{self.name}")
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences per optimizer step, over all ranks."""
+        return self.train.batch_tokens // self.data.length
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong across settings, one sentence each."""
+        yield from (f"model.{problem}" for problem in self.model.problems())
+        length, train = self.data.length, self.train
+        if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
+            nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
+            yield (
+                f"train.batch_tokens={train.batch_tokens} is not a positive multiple of data.length={length}: "
+                f"the nearest is {nearest}"
+            )
+        micro = train.micro_batch_tokens
+        if micro is not None and (micro < length or micro % length):
+            yield f"train.micro_batch_tokens={micro} is not a positive multiple of data.length={length}"
+        if not 0 <= train.ema_decay < 1:
+            yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
+        if not 0 <= self.optim.decay_fraction <= 1:
+            yield f"optim.decay_fraction={self.optim.decay_fraction} must lie in [0, 1]"
+        for name, value, least in (
+            ("train.steps", train.steps, 1),
+            ("train.clip_norm", train.clip_norm, 1e-12),
+            ("log.every", self.log.every, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("checkpoint.every", self.checkpoint.every, 0),
+            ("validation.every", self.validation.every, 0),
+            ("data.num_workers", self.data.num_workers, 0),
+        ):
+            if value < least:
+                yield f"{name}={value} must be at least {least}"
+
+
+def validate(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """A RunConfig from nested dictionaries and `dotted.key=value` overrides.
+
+    Raises:
+        ValueError: lists every unknown key (with the nearest real one), wrong type and inconsistency.
+    """
+    merged = _deep_copy(tree)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} is not an override: write dotted.key=value, for example optim.lr=3e-4")
+        _assign(merged, key, yaml.safe_load(value) if value else "")
+    try:
+        config = TypeAdapter(RunConfig).validate_python(merged)
+    except ValidationError as error:
+        raise ValueError(_join([_explain(item) for item in error.errors()])) from None
+    problems = list(config.problems())
+    if problems:
+        raise ValueError(_join(problems))
+    return config
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a config.yaml saved beside a run."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can not be read as YAML ({error}): pass the config.yaml of a run") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no settings: pass the config.yaml of a run")
+    return validate(tree, overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def known_keys(settings: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that an override may set."""
+    for f in fields(settings):
+        for kind in _dataclasses_of(f.type):
+            yield from known_keys(kind, f"{prefix}{f.name}.")
+        yield f"{prefix}{f.name}"
+
+
+def defaults_of(settings: type) -> dict[str, Any]:
+    """Default of each field that has a plain one."""
+    return {f.name: f.default for f in fields(settings) if f.default is not MISSING}
+
+
+def _dataclasses_of(annotation: Any) -> list[type]:
+    if is_dataclass(annotation):
+        return [annotation]  # type: ignore[list-item]
+    return [kind for part in getattr(annotation, "__args__", ()) for kind in _dataclasses_of(part)]
+
+
+def _deep_copy(tree: Any) -> Any:
+    return {k: _deep_copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[leaf] = value
+
+
+def _explain(error: Any) -> str:
+    kinds = ("shards", "toy_functions")
+    key = ".".join(str(part) for part in error["loc"] if part not in kinds)
+    if error["type"] != "unexpected_keyword_argument":
+        given = "" if isinstance(error["input"], Mapping) else f"={error['input']!r}"
+        return f"{key}{given}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    keys = list(dict.fromkeys(known_keys()))
+    same_leaf = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    return f"{key} is not a setting: did you mean {(same_leaf or nearest)[0]}?"
+
+
+def _join(problems: list[str]) -> str:
+    return (
+        problems[0] if len(problems) == 1 else "\n".join(["the settings have problems:", *(f"- {p}" for p in problems)])
+    )

@@ -1,0 +1,57 @@
+"""Process groups: one data axis; a mesh of one process is a plain run."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class DataAxis:
+    """The ranks among which a batch is divided: all that data and metrics know of the mesh."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in float64 and on the host, without waiting for the device."""
+        if self.size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def single_process() -> DataAxis:
+    """The axis of a process that works alone, on the CPU."""
+    return DataAxis(rank=0, size=1, device=torch.device("cpu"))
+
+
+@contextmanager
+def process_mesh(environ: Mapping[str, str] = os.environ) -> Iterator[DataAxis]:
+    """The data axis of this process, from torchrun's variables; torn down at the end."""
+    size, rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield DataAxis(rank=0, size=1, device=device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
+        yield DataAxis(rank=rank, size=size, device=device, mesh=mesh)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,27 @@
+"""Quantities that follow the step: the learning rate, and what the model needs to know of it."""
+
+import math
+
+from model.diffusion import StepSchedule
+
+from .config import OptimConfig
+
+
+def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
+    """Rate of the step (counted from 0): linear warm-up, then constant, cosine or WSD."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        shape = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        decay_steps = max(1, round(config.decay_fraction * total_steps))
+        shape = min(1.0, max(0.0, (total_steps - step) / decay_steps))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape)
+
+
+def step_schedule(step: int) -> StepSchedule:
+    """What the model is told about the step."""
+    return StepSchedule()

@@ -1,0 +1,246 @@
+"""The loop, and only the loop: data order, noise keys, learning rate, skip decision, hooks, checkpoint timing."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import Loader
+from data_pipeline.order import Order
+from model.batch import Batch
+from model.bounds import Bound, BoundSums
+from model.config import ModelConfig
+from model.corruption import corrupt, corrupt_uniform_count
+from model.diffusion import LossTerms
+from model.flops import training_flops
+from model.noise import NoiseKey
+
+from .checkpoint.load import CHECKPOINTS, newest_good, resume
+from .checkpoint.save import save_checkpoint
+from .config import RunConfig
+from .data import Data
+from .engines.base import Engine, Micro
+from .hooks.base import Hook, StepRecord
+from .schedules import learning_rate, step_schedule
+from .state import TrainState
+
+
+def make_micros(step: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int, micro_rows: int) -> list[Micro]:
+    """A rank's rows of one step as corrupted micro-batches; runs in a loader's worker."""
+    batch = Batch.of(rows)
+    micros = []
+    for start in range(0, batch.num_sequences, micro_rows):
+        part = batch.rows(start, start + micro_rows)
+        corruption = corrupt(part, NoiseKey(seed, step, part.index_B), model)
+        micros.append(Micro(part, corruption, step_schedule(step)))
+    return micros
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The newest step's sums, still on the device."""
+
+    terms: list[LossTerms]
+    norm: Tensor
+    lr: float
+    scale: float
+    all_masked: float
+
+
+@dataclass
+class Window:
+    """The steps since the last log line."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    flops: int = 0
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
+    latest: Latest | None = None
+
+    def add(self, *, flops: int, skipped: Tensor, latest: Latest) -> None:
+        """One more step."""
+        self.steps += 1
+        self.flops += flops
+        self.skipped = self.skipped.to(skipped.device) + skipped
+        self.latest = latest
+
+    def seconds(self) -> float:
+        """Wall time since the window opened."""
+        return time.perf_counter() - self.started
+
+
+@dataclass
+class Trainer:
+    """One run: its configuration, its engine and data, and the hooks that watch it."""
+
+    config: RunConfig
+    model: ModelConfig
+    engine: Engine
+    data: Data
+    hooks: Sequence[Hook]
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        self.axis = self.engine.data_axis
+        self.state = TrainState()
+        self.window = Window()
+        self.rows_per_rank = _divide(self.config, self.axis.size)
+        micro_tokens = self.config.train.micro_batch_tokens
+        micro_rows = self.rows_per_rank if micro_tokens is None else micro_tokens // self.config.data.length
+        self.micro_rows = min(micro_rows, self.rows_per_rank)
+
+    def run(self) -> TrainState:
+        """Trains from the newest good checkpoint (or from nothing) to the last step."""
+        folder = self.config.path / CHECKPOINTS
+        checkpoint = newest_good(folder)
+        self.axis.barrier()
+        if checkpoint is not None:
+            self.state = resume(checkpoint, self.engine, self.model)
+            self.state.resumes += self.state.step < self.config.train.steps
+        for hook in self.hooks:
+            hook.on_start(self.state, resumed=checkpoint is not None)
+        self.window = Window()
+        for micros in self._batches():
+            self._step(micros)
+            if self._due(self.config.log.every):
+                self._log()
+            if self._due(self.config.validation.every):
+                self._validate()
+            if self._due(self.config.checkpoint.every):
+                self._save()
+        for hook in self.hooks:
+            hook.on_finish(self.state)
+        return self.state
+
+    def _batches(self) -> Iterator[list[Micro]]:
+        train = self.config.train
+        transform = partial(make_micros, model=self.model, seed=self.config.seed, micro_rows=self.micro_rows)
+        return iter(
+            Loader(
+                self.data.train,
+                Order(len(self.data.train), self.config.seed),
+                global_batch=self.config.batch_rows,
+                rank=self.axis.rank,
+                size=self.axis.size,
+                first_step=self.state.step,
+                num_steps=train.steps,
+                num_workers=self.config.data.num_workers,
+                transform=transform,
+            )
+        )
+
+    def _step(self, micros: list[Micro]) -> None:
+        """One optimizer step; nothing here waits for the device."""
+        config, step = self.config, self.state.step
+        masked = sum(m.corruption.num_masked for m in micros)
+        divisor, all_masked = self.axis.all_reduce([sum(m.corruption.divisor for m in micros), masked])
+        scale = 1.0 / max(1.0, divisor)
+        terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
+        norm = self.engine.reduce_and_clip(config.train.clip_norm)
+        take = torch.isfinite(norm).float()
+        lr = learning_rate(step, config.optim, config.train.steps)
+        self.engine.step(lr=lr, take=take)
+        if config.train.ema_decay:
+            self.engine.update_ema(averaging_decay(config.train.ema_decay, step), take=take)
+        self.state.step += 1
+        self.state.tokens += config.batch_rows * config.data.length
+        self.window.add(
+            flops=training_flops(
+                self.model, num_sequences=self.rows_per_rank, length=config.data.length, num_rows=masked
+            ),
+            skipped=1.0 - take,
+            latest=Latest(terms, norm, lr, scale, all_masked),
+        )
+
+    def _log(self) -> None:
+        """Waits for the device once, sums the latest losses over the ranks, and tells the hooks."""
+        self._count_skipped()
+        window, latest = self.window, self.window.latest
+        assert latest is not None
+        loss, ce = self.axis.all_reduce(
+            [sum(float(t.loss) for t in latest.terms), sum(float(t.cross_entropy) for t in latest.terms)]
+        )
+        seconds = window.seconds()
+        record = StepRecord(
+            step=self.state.step,
+            loss=loss * latest.scale,
+            ce=ce / max(1.0, latest.all_masked),
+            grad_norm=float(latest.norm),
+            lr=latest.lr,
+            tokens=self.state.tokens,
+            skipped=self.state.skipped,
+            tokens_per_second=window.steps * self.config.batch_rows * self.config.data.length / seconds,
+            mfu=None if self.peak_flops is None else window.flops / seconds / self.peak_flops,
+        )
+        self.window = Window()
+        for hook in self.hooks:
+            hook.on_log(record)
+
+    def _count_skipped(self) -> None:
+        self.state.skipped += int(self.window.skipped)
+        self.window.skipped = self.window.skipped * 0
+
+    def _validate(self) -> None:
+        bound = validation_bound(self.engine, self.data, self.model, self.config)
+        for hook in self.hooks:
+            hook.on_validation(bound, self.state)
+
+    def _save(self) -> None:
+        self._count_skipped()
+        path = save_checkpoint(
+            self.config.path / CHECKPOINTS,
+            self.engine.state_dict(),
+            self.state,
+            self.model,
+            self.axis,
+            save_tokenizer=self.data.tokenizer.save,
+            keep=self.config.checkpoint.keep,
+        )
+        for hook in self.hooks:
+            hook.on_checkpoint(path, self.state)
+
+    def _due(self, every: int) -> bool:
+        last = self.state.step == self.config.train.steps
+        return last or (every > 0 and self.state.step % every == 0)
+
+
+def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: RunConfig) -> Bound:
+    """The bound on the first held-out rows, with the same noise every time, divided among the ranks."""
+    sums = BoundSums()
+    axis, length = engine.data_axis, config.data.length
+    source = data.validation
+    wanted = min(config.validation.num_sequences, len(source)) if source is not None and config.validation.every else 0
+    indices = torch.arange(axis.rank, wanted, axis.size)
+    rows_at_once = max(1, (config.train.micro_batch_tokens or config.train.batch_tokens // axis.size) // length)
+    num_rounds = math.ceil(math.ceil(wanted / axis.size) / rows_at_once)
+    with engine.ema():
+        for index_B in torch.tensor_split(indices, num_rounds) if num_rounds else ():
+            assert source is not None
+            filled = index_B if index_B.numel() else torch.zeros(1, dtype=torch.int64)
+            batch = Batch.of({**source.gather(filled.numpy()), "index": filled})
+            corruption = corrupt_uniform_count(batch, NoiseKey(config.seed, 0, filled), model)
+            terms = engine.evaluate(Micro(batch, corruption, step_schedule(0)))
+            if index_B.numel():
+                sums.add(terms.loss_B, batch.maskable_BL.sum(1))
+    return BoundSums(*axis.all_reduce(sums.as_list())).estimate()
+
+
+def averaging_decay(decay: float, step: int) -> float:
+    """Young averages forget faster: (1 + step) / (10 + step), up to the decay asked for."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def _divide(config: RunConfig, size: int) -> int:
+    """Rows of the batch that each rank takes."""
+    rows = config.batch_rows
+    if rows % size:
+        legal = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise ValueError(
+            f"a batch of {rows} rows (train.batch_tokens / data.length) does not divide among {size} processes: "
+            f"use one of {legal} processes, or change train.batch_tokens"
+        )
+    return rows // size
