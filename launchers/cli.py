@@ -145,7 +145,7 @@ def sample(
 def evaluate(
     run: RunFolder,
     task: Annotated[
-        str, typer.Option(help="bound, toy_functions, demo_tasks, or a HumanEval-format .jsonl file.")
+        str, typer.Option(help="bound, toy_functions, demo_tasks, humaneval, or a HumanEval-format .jsonl file.")
     ] = "bound",
     json: JsonFile = None,
     num_samples: Annotated[int, typer.Option(help="Completions per code task.", min=1)] = 1,

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eval.record import Record
-from eval.tasks import EvaluationSettings, open_run, run_task
+from eval.tasks import EvaluationSettings, open_run, run_task, task_name
 
 
 def run_evaluation(folder: Path, task: str, settings: EvaluationSettings, json_file: Path | None) -> None:
@@ -12,6 +12,6 @@ def run_evaluation(folder: Path, task: str, settings: EvaluationSettings, json_f
     run = open_run(folder)
     record = Record({"run": str(folder), "task": task, "checkpoint": run.loaded.checkpoint.name, **asdict(settings)})
     results = run_task(task, run, settings, print)
-    kept = folder / "evaluations" / f"{Path(task).name.partition('.')[0]}.json"
+    kept = folder / "evaluations" / f"{task_name(task)}.json"
     record.write(results, kept, json_file)
     print(f"written to {kept}" + (f" and {json_file}" if json_file else ""))

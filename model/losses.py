@@ -32,7 +32,7 @@ def masked_linear_cross_entropy(
         hidden_MD: hidden states of the rows, any float dtype.
         head_VD: the head's matrix in the same dtype; under `group`, this rank's contiguous slice of the vocabulary.
         targets_M: global token ids.
-        weight_M: weights; rows of weight 0 are padding and cost their matrix products only.
+        weight_M: weights; rows of weight 0 are padding: their cross-entropy is returned as 0.
         forbidden: global id that can not be predicted (the mask), its logit taken as minus infinity.
         group: vocab-parallel process group, ranks ordered by vocabulary slice.
         chunk_bytes: size of the largest temporary.
@@ -78,6 +78,7 @@ class _MaskedLinearCrossEntropy(torch.autograd.Function):
         if group is not None and grad_hidden_MD is not None:
             dist.all_reduce(grad_hidden_MD, group=group)
         ctx.grads = grad_hidden_MD, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
+        ce_M.masked_fill_(weight_M == 0, 0.0)  # padding may carry any token, the forbidden one too
         ctx.mark_non_differentiable(ce_M)
         return (ce_M * weight_M).sum(), ce_M
 
@@ -94,10 +95,10 @@ class _MaskedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _local_target(targets_R: Tensor, first: int, num_local: int) -> tuple[Tensor, Tensor]:
-    """Targets as columns of the local slice (clamped), and 1 where the slice holds them."""
+    """Targets as columns of the local slice (clamped), and whether the slice holds them."""
     local_R = targets_R - first
     owned_R = (local_R >= 0) & (local_R < num_local)
-    return local_R.clamp(0, num_local - 1), owned_R.float()
+    return local_R.clamp(0, num_local - 1), owned_R
 
 
 def _exponentiate(
@@ -108,7 +109,7 @@ def _exponentiate(
     if group is not None:
         dist.all_reduce(top_R, dist.ReduceOp.MAX, group=group)
     logits_RV.sub_(top_R[:, None])
-    target_logit_R = logits_RV.gather(1, target_R[:, None])[:, 0] * owned_R
+    target_logit_R = torch.where(owned_R, logits_RV.gather(1, target_R[:, None])[:, 0], 0.0)
     total_R = logits_RV.exp_().sum(1)
     if group is not None:
         both = torch.stack((total_R, target_logit_R))

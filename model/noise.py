@@ -64,7 +64,7 @@ class Stream:
         return _mix(self.key_B[:, None] + counter).view(-1, *shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Float64 in (0, 1) of shape [B, *shape]: 53 random bits, never 0 and never 1."""
+        """Float64 in (0, 1) of shape [B, *shape]: 52 random bits and a half, so never 0 and never 1."""
         return _unit_interval(self.bits(*shape))
 
     def below(self, probability: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Stream:
 
 
 def _unit_interval(bits: Tensor) -> Tensor:
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class NoiseKey:
     def stream(self, name: str) -> Stream:
         """The named stream of every sequence in the batch."""
         key = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
-        return Stream(_mix(_mix(self.index_B + _signed(key)) ^ _signed(_mix_integer(key))))
+        return Stream(_mix(_mix(self.index_B) + _signed(key)))
 
     def stratified(self, name: str = "time") -> Tensor:
         """Float64 [B] in (0, 1): frac(u_step + j phi) for global index j, so every contiguous slice is stratified.

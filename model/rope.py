@@ -15,7 +15,8 @@ def rotary_tables(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(x_BLHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns queries or keys by their position; computed in float32, returned in the input's dtype."""
+    """Turns queries or keys by their position; computed in float32 at least, returned in the input's dtype."""
     cos, sin = tables
-    first, second = x_BLHK.float().chunk(2, dim=-1)
+    wide_BLHK = x_BLHK.to(torch.promote_types(x_BLHK.dtype, torch.float32))
+    first, second = wide_BLHK.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BLHK.dtype)

@@ -191,9 +191,18 @@ class RunConfig(Settings):
             yield f"train.micro_batch_tokens={micro} is not a positive multiple of data.length={length}"
         if not 0 <= train.ema_decay < 1:
             yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
-        if not 0 <= self.optim.decay_fraction <= 1:
-            yield f"optim.decay_fraction={self.optim.decay_fraction} must lie in [0, 1]"
+        for name in ("decay_fraction", "min_lr_ratio"):
+            if not 0 <= getattr(self.optim, name) <= 1:
+                yield f"optim.{name}={getattr(self.optim, name)} must lie in [0, 1]"
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optim, name) < 1:
+                yield f"optim.{name}={getattr(self.optim, name)} must lie in [0, 1)"
         for name, value, least in (
+            ("optim.lr", self.optim.lr, 0),
+            ("optim.eps", self.optim.eps, 0),
+            ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("optim.warmup_steps", self.optim.warmup_steps, 0),
+            ("validation.num_sequences", self.validation.num_sequences, 1),
             ("train.steps", train.steps, 1),
             ("train.clip_norm", train.clip_norm, 1e-12),
             ("log.every", self.log.every, 1),
@@ -217,7 +226,7 @@ def validate(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfi
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not an override: write dotted.key=value, for example optim.lr=3e-4")
-        _assign(merged, key, yaml.safe_load(value) if value else "")
+        _assign(merged, key, _parse(override, value))
     try:
         config = TypeAdapter(RunConfig).validate_python(merged)
     except ValidationError as error:
@@ -233,7 +242,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can not be read as YAML ({error}): pass the config.yaml of a run") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} can not be read as YAML ({reason}): pass the config.yaml of a run") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no settings: pass the config.yaml of a run")
     return validate(tree, overrides)
@@ -267,6 +277,13 @@ def _deep_copy(tree: Any) -> Any:
     return {k: _deep_copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
+def _parse(override: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r} has a value that is not YAML: quote it, or close its brackets") from None
+
+
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -283,6 +300,8 @@ def _explain(error: Any) -> str:
         given = "" if isinstance(error["input"], Mapping) else f"={error['input']!r}"
         return f"{key}{given}: {error['msg'][0].lower()}{error['msg'][1:]}"
     keys = list(dict.fromkeys(known_keys()))
+    if key in keys:
+        return f"{key} is not a setting of data.kind={next(part for part in error['loc'] if part in kinds)}"
     same_leaf = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
     nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     return f"{key} is not a setting: did you mean {(same_leaf or nearest)[0]}?"

@@ -34,8 +34,8 @@ def _open_shards(config: ShardData, axis: DataAxis) -> Data:
     from data_pipeline.manifest import Manifest, open_tokenizer
 
     folder = Path(config.path)
-    if config.prepare is not None and not folder.exists():
-        if axis.rank == 0:
+    if config.prepare is not None:
+        if axis.rank == 0 and not folder.exists():
             _prepare(config.prepare, folder)
         axis.barrier()
     manifest = Manifest.load(folder)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -69,8 +70,15 @@ class Window:
         self.latest = latest
 
     def seconds(self) -> float:
-        """Wall time since the window opened."""
+        """Wall time since the window opened, pauses left out."""
         return time.perf_counter() - self.started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent within the context does not count as training."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
 
 @dataclass
@@ -108,10 +116,11 @@ class Trainer:
             self._step(micros)
             if self._due(self.config.log.every):
                 self._log()
-            if self._due(self.config.validation.every):
-                self._validate()
-            if self._due(self.config.checkpoint.every):
-                self._save()
+            with self.window.paused():
+                if self._due(self.config.validation.every):
+                    self._validate()
+                if self._due(self.config.checkpoint.every):
+                    self._save()
         for hook in self.hooks:
             hook.on_finish(self.state)
         return self.state
@@ -186,6 +195,8 @@ class Trainer:
 
     def _validate(self) -> None:
         bound = validation_bound(self.engine, self.data, self.model, self.config)
+        if bound.tokens == 0:
+            return
         for hook in self.hooks:
             hook.on_validation(bound, self.state)
 

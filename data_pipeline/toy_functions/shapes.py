@@ -23,7 +23,7 @@ FUNCTION_NAMES = {
     "string": ("convert", "format_text", "transform"),
     "words": ("select", "convert", "collect"),
 }
-LETTERS = "aeiost"
+LETTERS = "aeiostrn"
 _CONSTANT = re.compile(r"[#~@]")
 
 

@@ -57,7 +57,7 @@ def save_checkpoint(
         if save_tokenizer is not None:
             save_tokenizer(partial / "tokenizer")
         _seal(partial, final, state.step, axis.size)
-        _retain(folder, keep)
+        _retain(final, keep)
     axis.barrier()
     return final
 
@@ -88,8 +88,9 @@ def _seal(partial: Path, final: Path, step: int, world_size: int) -> None:
     sync_folder(final.parent)
 
 
-def _retain(folder: Path, keep: int) -> None:
-    """Removes sealed checkpoints beyond the newest `keep`, and half-written ones of earlier attempts."""
-    sealed = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
-    for path in [*sealed[:-keep], *folder.glob("step-*.tmp")]:
+def _retain(newest: Path, keep: int) -> None:
+    """Removes what is older than the newest `keep`, later ones (damaged: the run went on before them), and leftovers."""
+    found = sorted(newest.parent.glob("step-*"))
+    sealed = [path for path in found if path.suffix != ".tmp" and path <= newest]
+    for path in set(found) - set(sealed[-keep:]):
         shutil.rmtree(path, ignore_errors=True)

@@ -24,7 +24,7 @@ def demo() -> RunConfig:
         ),
         model=ModelConfig(backbone=TransformerConfig(dim=192, num_layers=6, num_heads=6, tie_embeddings=True)),
         optim=OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.05),
-        train=TrainConfig(steps=400, batch_tokens=4096, ema_decay=0.99),
+        train=TrainConfig(steps=400, batch_tokens=4096, precision="bf16", ema_decay=0.99),
         validation=ValidationConfig(every=100, num_sequences=64),
         checkpoint=CheckpointConfig(every=100),
     )

@@ -1,6 +1,8 @@
 """Peak memory of a function on the CPU, from the allocator's own events."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -8,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_extra_bytes(function: Callable[[], object]) -> int:
     """The most bytes allocated at once above what was allocated at the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     results = profiler.profiler.kineto_results
     changes = sorted(
@@ -21,3 +23,16 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
         current += change
         peak = max(peak, current)
     return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's native library writes its own comings and goings to stderr."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

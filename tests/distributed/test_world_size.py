@@ -1,0 +1,140 @@
+"""Two processes compute what one computes, and read each other's checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation
+from pretrain.config import RunConfig
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = Path(__file__).with_name("recorded_training.py")
+HALF = "step-00000004"
+Trace = dict[int, dict[str, Any]]
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+
+
+def launch(num_processes: int, *arguments: str | Path, module: bool = False) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    if module:
+        command.append("-m")
+    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """Folders of the runs: NAME-1 of one process, NAME-2 of two."""
+
+    folder: Path
+    read: Callable[[Path], Trace]
+
+    def trace(self, name: str) -> Trace:
+        return self.read(self.folder / name)
+
+    def noise(self, name: str) -> dict[str, Any]:
+        files = sorted((self.folder / name).glob("noise-*.json"))
+        parts: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+        assert sum(map(len, parts)) == len(set().union(*parts))
+        return {index: row for part in parts for index, row in part.items()}
+
+
+@pytest.fixture(scope="module")
+def worlds(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_config: Callable[..., RunConfig],
+    write_config: Callable[[RunConfig, Path], Path],
+    trace: Callable[[Path], Trace],
+) -> Worlds:
+    folder = tmp_path_factory.mktemp("worlds")
+
+    def config(name: str, *overrides: str, resumes: str | None = None) -> Path:
+        settings = ["train.steps=8", "validation.every=4", *overrides]
+        made = make_config(folder / name, *settings)
+        if resumes is not None:
+            shutil.copytree(folder / resumes / CHECKPOINTS / HALF, folder / name / CHECKPOINTS / HALF)
+        return write_config(made, folder / f"{name}.yaml")
+
+    def run(num_processes: int, *paths: Path) -> None:
+        result = launch(num_processes, DRIVER, *paths)
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    bf16, split = "train.precision=bf16", "train.micro_batch_tokens=96"
+    run(1, config("fp32-1"), config("bf16-1", bf16))
+    run(
+        2,
+        config("fp32-2"),
+        config("bf16-2", bf16),
+        config("split-2", split, "data.num_workers=0", "train.recompute=full"),
+        config("from-1-in-2", resumes="fp32-1"),
+    )
+    run(1, config("from-2-in-1", resumes="fp32-2"))
+    return Worlds(folder, trace)
+
+
+def assert_close(ours: Trace, theirs: Trace, tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for step, line in theirs.items():
+        assert ours[step].keys() == line.keys()
+        for key, value in line.items():
+            assert ours[step][key] == pytest.approx(value, rel=tolerance), (step, key)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_norms_and_bounds_agree(worlds: Worlds, precision: str) -> None:
+    one, two = worlds.trace(f"{precision}-1"), worlds.trace(f"{precision}-2")
+    assert sorted(one) == list(range(1, 9))
+    assert {"train.loss", "train.ce", "train.grad_norm", "validation.nelbo"} <= one[8].keys()
+    assert_close(two, one, TOLERANCE[precision])
+
+
+def test_accumulation_and_recomputation_agree_too(worlds: Worlds) -> None:
+    assert_close(worlds.trace("split-2"), worlds.trace("fp32-1"), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp32-2", "bf16-2", "split-2"])
+def test_masks_and_times_are_identical(worlds: Worlds, name: str) -> None:
+    one = worlds.noise("fp32-1")
+    assert sorted(map(int, one)) == list(range(8 * 16))
+    assert worlds.noise(name) == one
+
+
+@pytest.mark.parametrize("name", ["from-1-in-2", "from-2-in-1"])
+def test_a_checkpoint_resumes_at_another_world_size(worlds: Worlds, name: str) -> None:
+    expected = {step: line for step, line in worlds.trace("fp32-1").items() if step > 4}
+    assert_close(worlds.trace(name), expected, 1e-5)
+    one, other = worlds.noise("fp32-1"), worlds.noise(name)
+    assert other == {index: row for index, row in one.items() if int(index) >= 4 * 16}
+
+
+def test_weights_of_two_processes_load_for_evaluation(worlds: Worlds) -> None:
+    for averaged in (True, False):
+        one, two = (load_for_evaluation(worlds.folder / n, averaged=averaged) for n in ("fp32-1", "fp32-2"))
+        ours = dict(two.model.named_parameters())
+        for name, parameter in one.model.named_parameters():
+            torch.testing.assert_close(ours[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_every_process(
+    tmp_path: Path, make_config: Callable[..., RunConfig], write_config: Callable[[RunConfig, Path], Path]
+) -> None:
+    config = make_config(tmp_path / "run", "train.batch_tokens=96")
+    result = launch(2, "pretrain.train", write_config(config, tmp_path / "run.yaml"), module=True)
+    assert result.returncode != 0
+    sentence = "a batch of 3 rows (train.batch_tokens / data.length) does not divide among 2 processes: use one of"
+    assert f"penumbra: {sentence} [1, 3] processes" in result.stderr
+    assert "exitcode  : 2" in result.stderr
+    assert not config.path.exists()

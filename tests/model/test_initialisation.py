@@ -1,0 +1,103 @@
+"""Initial weights: a function of seed and name alone, with the intended statistics."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from model import initialisation
+from model.config import ModelConfig, TransformerConfig
+from model.diffusion import MaskedDiffusion
+from model.initialisation import initialise
+
+BACKBONE = TransformerConfig(
+    dim=64, num_layers=3, num_heads=4, norm="rmsnorm", ffn="swiglu", num_kv_heads=2, qkv_bias=True
+)
+CONFIG = ModelConfig(backbone=BACKBONE, vocab_size=301, mask_id=300)
+TIMED = replace(CONFIG, backbone=replace(BACKBONE, condition_dim=16, norm="layernorm"), time_conditioning=True)
+
+
+def weights(config: ModelConfig = CONFIG, seed: int = 0, *, meta: bool = False) -> dict[str, torch.Tensor]:
+    if meta:
+        with torch.device("meta"):
+            model = MaskedDiffusion(config)
+        model.to_empty(device="cpu")
+    else:
+        model = MaskedDiffusion(config)
+    initialise(model, seed, num_layers=config.backbone.num_layers)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_the_same_from_the_meta_device_and_after_other_draws() -> None:
+    first = weights(TIMED)
+    torch.manual_seed(123)
+    torch.randn(7)
+    second = weights(TIMED, meta=True)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_name_has_its_weights_whatever_surrounds_it() -> None:
+    """Reversed registration and a missing layer change nothing for the others."""
+    model = MaskedDiffusion(CONFIG)
+    reordered = MaskedDiffusion(CONFIG)
+    reordered.denoiser._modules = dict(reversed(reordered.denoiser._modules.items()))  # type: ignore[assignment]
+    shallow = MaskedDiffusion(replace(CONFIG, backbone=replace(BACKBONE, num_layers=2)))
+    for each in (model, reordered, shallow):
+        initialise(each, 5, num_layers=3)
+    wanted = dict(model.named_parameters())
+    assert list(wanted) != [name for name, _ in reordered.named_parameters()]
+    for other in (reordered, shallow):
+        for name, parameter in other.named_parameters():
+            assert torch.equal(parameter, wanted[name])
+
+
+def test_seeds_and_names_draw_different_weights() -> None:
+    first, second = weights(seed=0), weights(seed=1)
+    block = "denoiser.blocks.{}.ffn.up.weight"
+    pairs = [
+        (first[block.format(0)], second[block.format(0)]),
+        (first[block.format(0)], first[block.format(1)]),
+        (first[block.format(0)], first["denoiser.blocks.0.ffn.gate.weight"]),
+        (first["denoiser.embed.weight"], first["denoiser.head.weight"]),
+    ]
+    for one, two in pairs:
+        correlation = torch.corrcoef(torch.stack((one.flatten(), two.flatten())))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(one.numel())
+
+
+def test_weights_have_their_standard_deviations() -> None:
+    for name, parameter in weights().items():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+            expected = 0.02 / math.sqrt(2 * 3) if residual else 0.02
+            scaled = (parameter / expected).flatten().double().numpy()
+            assert stats.kstest(scaled, "norm").pvalue > 1e-4, name
+
+
+def test_modulation_starts_at_zero_and_time_does_not() -> None:
+    found = weights(TIMED)
+    assert not any(parameter.any() for name, parameter in found.items() if "modulation" in name)
+    assert found["denoiser.time.inner.weight"].any()
+    assert found["denoiser.time.outer.weight"].any()
+
+
+def test_slabs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = weights()
+    monkeypatch.setattr(initialisation, "CHUNK", 1000)
+    assert all(torch.equal(whole[name], parameter) for name, parameter in weights().items())
+
+
+def test_every_parameter_is_overwritten() -> None:
+    model = MaskedDiffusion(TIMED)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    initialise(model, 0, num_layers=3)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,153 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import RunConfig, ShardData, ToyFunctionsData, dump_config, known_keys, load_config, validate
+from pretrain.recipes import build, recipes
+
+SMALL = {"name": "x", "data": {"kind": "shards", "path": "somewhere"}}
+
+
+def problem(*overrides: str) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        validate(SMALL, overrides)
+    return str(caught.value)
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    text = problem("optim.lrr=1", "train.steps=many", "log.evry=3", "model.backbone.norm=batchnorm")
+    lines = text.splitlines()
+    assert len(lines) == 5
+    assert "optim.lrr is not a setting: did you mean optim.lr?" in text
+    assert "train.steps='many'" in text
+    assert "did you mean log.every?" in text
+    assert "'layernorm' or 'rmsnorm'" in text
+
+
+def test_every_inconsistency_is_listed_at_once() -> None:
+    text = problem(
+        "train.batch_tokens=1000",
+        "train.ema_decay=1",
+        "model.backbone.num_heads=7",
+        "model.schedule.t_min=2",
+        "checkpoint.keep=0",
+    )
+    assert len(text.splitlines()) == 6
+    assert "train.batch_tokens=1000 is not a positive multiple of data.length=256: the nearest is 1024" in text
+    assert "use one of [1, 2, 4, 8, 16, 32, 64, 128] or set head_dim" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.batch_token", "train.batch_tokens"),
+        ("lr", "optim.lr"),
+        ("model.backbone.heads", "model.backbone.num_heads"),
+        ("data.lenght", "data.length"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
+    assert problem(f"{key}=1") == f"{key} is not a setting: did you mean {nearest}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.steps=1.5", "train.steps=1.5"),
+        ("model.time_conditioning=perhaps", "model.time_conditioning='perhaps'"),
+        ("optim.lr.peak=3", "optim.lr"),
+        ("model=3", "model=3"),
+        ("data=3", "data=3"),
+        ("data.kind=images", "data"),
+        ("train.precision=fp8", "'fp32' or 'bf16'"),
+        ("train.precision", "write dotted.key=value"),
+        ("=3", "write dotted.key=value"),
+        ("optim.lr=[1", "optim.lr"),
+        ("optim.lr=-1", "optim.lr=-1"),
+        ("optim.beta2=1", "optim.beta2=1"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps=-1"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay=-0.1"),
+        ("validation.num_sequences=0", "validation.num_sequences=0"),
+        ("data.length=0", "data.length=0"),
+        ("data.num_workers=-1", "data.num_workers=-1"),
+    ],
+)
+def test_bad_values_are_refused_by_name(override: str, part: str) -> None:
+    assert part in problem(override)
+
+
+def test_overrides_reach_every_depth_and_keep_the_tree() -> None:
+    tree = {**SMALL, "optim": {"beta1": 0.8}}
+    config = validate(tree, ["optim.lr=3e-4", "model.backbone.dim=128", "train.micro_batch_tokens=null", "seed=7"])
+    assert (config.optim.lr, config.optim.beta1) == (3e-4, 0.8)
+    assert config.model.backbone.dim == 128
+    assert config.train.micro_batch_tokens is None
+    assert config.seed == 7
+    assert tree["optim"] == {"beta1": 0.8}
+    assert validate(SMALL, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_the_kind_of_data_decides_its_keys() -> None:
+    assert isinstance(validate(SMALL).data, ShardData)
+    assert isinstance(validate({"name": "x", "data": {"kind": "toy_functions", "length": 128}}).data, ToyFunctionsData)
+    assert problem("data.variants=3") == "data.variants is not a setting of data.kind=shards"
+
+
+def test_settings_are_frozen() -> None:
+    config = validate(SMALL)
+    for settings in (config, config.data, config.model, config.model.backbone, config.optim, config.train):
+        name = dataclasses.fields(settings)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(settings, name, 1)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_survives_yaml(tmp_path: Path, name: str) -> None:
+    config = build(name)
+    assert config.name == name
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert validate(yaml.safe_load(dump_config(config)), ["seed=5"]) == dataclasses.replace(config, seed=5)
+
+
+def test_every_known_key_is_a_setting() -> None:
+    keys = list(known_keys())
+    leaves = [k for k in keys if not any(other.startswith(f"{k}.") for other in keys) and k != "data.kind"]
+    assert len(leaves) > 60
+    with pytest.raises(ValueError, match=r".") as caught:
+        validate(SMALL, [*(f"{key}=[]" for key in leaves), "nonsense=1"])
+    unknown = [line for line in str(caught.value).splitlines() if "did you mean" in line]
+    assert unknown == ["- nonsense is not a setting: did you mean seed?"]
+    wrong = {line[2:].split("=")[0] for line in str(caught.value).splitlines()[1:]}
+    assert wrong >= {key for key in leaves if not key.startswith("data.")}
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'toy_function' is not a recipe: did you mean toy_functions"):
+        build("toy_function")
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "", b"\xff\xfe"])
+def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"config\.yaml .*: pass the config\.yaml of a run"):
+        load_config(path)
+    with pytest.raises(ValueError, match="can not be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_misspelled_file_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "trian": {"steps": 3}}))
+    with pytest.raises(ValueError, match="trian is not a setting: did you mean train"):
+        load_config(path)
+
+
+def test_the_default_folder_is_the_name() -> None:
+    assert validate(SMALL).path == Path("runs/x")
+    assert validate(SMALL, ["folder=elsewhere/y"]).path == Path("elsewhere/y")
+    assert isinstance(validate(SMALL), RunConfig)

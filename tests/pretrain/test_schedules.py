@@ -1,0 +1,52 @@
+import math
+
+import pytest
+
+from pretrain.config import OptimConfig
+from pretrain.schedules import learning_rate
+from pretrain.trainer import averaging_decay
+
+
+def rates(steps: int, **settings: object) -> list[float]:
+    return [learning_rate(step, OptimConfig(**settings), steps) for step in range(steps)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_the_warmup_is_linear_and_ends_at_the_peak(schedule: str) -> None:
+    found = rates(50, lr=2.0, warmup_steps=10, schedule=schedule)
+    assert found[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert found[10] == pytest.approx(2.0)
+    assert rates(5, lr=2.0, warmup_steps=0, schedule=schedule)[0] == pytest.approx(2.0)
+
+
+def test_constant_stays() -> None:
+    assert set(rates(50, lr=0.3, warmup_steps=10, schedule="constant")[10:]) == {0.3}
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_cosine_against_the_closed_form(floor: float) -> None:
+    found = rates(110, lr=1.0, warmup_steps=10, schedule="cosine", min_lr_ratio=floor)
+    for step in range(10, 110):
+        plain = floor + (1 - floor) * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        assert found[step] == pytest.approx(plain, abs=1e-15)
+    assert found[60] == pytest.approx((1 + floor) / 2)
+
+
+def test_wsd_is_flat_and_then_linear_to_the_floor() -> None:
+    found = rates(100, lr=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, min_lr_ratio=0.1)
+    assert found[10:80] == [1.0] * 70
+    assert [found[n] - found[n + 1] for n in range(80, 99)] == pytest.approx([0.9 / 20] * 19)
+    assert found[99] == pytest.approx(0.1 + 0.9 / 20)
+
+
+def test_short_runs_are_defined() -> None:
+    for schedule in ("constant", "cosine", "wsd"):
+        assert all(math.isfinite(x) and x >= 0 for x in rates(3, lr=1.0, warmup_steps=10, schedule=schedule))
+        assert rates(1, lr=1.0, warmup_steps=0, schedule=schedule, decay_fraction=0.0) == [1.0]
+
+
+def test_young_averages_forget_faster() -> None:
+    decays = [averaging_decay(0.99, step) for step in range(2000)]
+    assert decays[0] == pytest.approx(0.1)
+    assert decays == sorted(decays)
+    assert decays[-1] == 0.99
