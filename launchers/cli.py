@@ -91,6 +91,31 @@ def tokenize(
     )
 
 
+data_app = typer.Typer(help="Look into a tokenised data set, or check every hash of it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+DataFolder = Annotated[Path, typer.Argument(help="A folder written by `penumbra tokenize`.", metavar="DIR")]
+
+
+@data_app.command()
+def verify(folder: DataFolder) -> None:
+    """Recompute the sha256 of every file."""
+    from .tokenizing import run_verify
+
+    run_verify(folder)
+
+
+@data_app.command()
+def inspect(
+    folder: DataFolder,
+    rows: Annotated[int, typer.Option(help="How many rows to show.", min=0)] = 2,
+    length: Annotated[int, typer.Option(help="Positions per row.", min=1)] = 128,
+) -> None:
+    """Print what a data set holds, and some of its rows with their document boundaries."""
+    from .tokenizing import run_inspect
+
+    run_inspect(folder, rows, length)
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a run's config.yaml.", metavar="RECIPE|CONFIG")],

@@ -21,6 +21,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"norm\.weight$", "ones"),
     (r"bias$", "zeros"),
     (r"(attention\.out|ffn\.down)\.weight$", "residual"),
+    (r"embed\.weight$", "embedding"),
     (r"weight$", "normal"),
 )
 
@@ -31,8 +32,16 @@ def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
 
     Args:
         num_layers: residual projections are scaled by 1 / sqrt(2 num_layers) (GPT-2).
+
+    Token embeddings have unit variance, so that tokens outweigh what untrained blocks add to them; as a tied head they
+    must start small.
     """
-    scales = {"normal": STANDARD_DEVIATION, "residual": STANDARD_DEVIATION / math.sqrt(2 * num_layers)}
+    tied = not any(name.endswith("head.weight") for name, _ in model.named_parameters())
+    scales = {
+        "normal": STANDARD_DEVIATION,
+        "residual": STANDARD_DEVIATION / math.sqrt(2 * num_layers),
+        "embedding": STANDARD_DEVIATION if tied else 1.0,
+    }
     for name, parameter in model.named_parameters():
         rule = next(kind for pattern, kind in RULES if re.search(pattern, name))
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

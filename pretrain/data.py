@@ -40,7 +40,7 @@ def _open_shards(config: ShardData, axis: DataAxis) -> Data:
         axis.barrier()
     manifest = Manifest.load(folder)
     tokenizer = open_tokenizer(folder)
-    has_validation = "validation" in manifest.splits
+    has_validation = manifest.splits["validation"].num_documents > 0
     validation = ShardSource(folder, "validation", config.length, pack=config.pack) if has_validation else None
     return Data(ShardSource(folder, "train", config.length, pack=config.pack), validation, tokenizer)
 

@@ -14,6 +14,7 @@ from data_pipeline.toy_functions.shapes import Shape, write
 from data_pipeline.toy_functions.trees import normalised_tree
 
 NUM_TESTS = 8
+NUM_RESULTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,14 @@ def build_corpus(
     The same arguments give the same corpus. Raises ValueError when there are fewer trees than asked for.
     """
     rng = random.Random(seed)
-    shapes = _distinct_shapes(num_trees, rng)
     num_held_out = round(held_out_fraction * num_trees)
-    held_out = [_telling_variant(shape, tree, rng) for tree, shape in shapes[:num_held_out]]
-    train = [_variant(shape, tree, rng) for tree, shape in shapes[num_held_out:] for _ in range(variants)]
+    held_out: list[ToyFunction] = []
+    train: list[ToyFunction] = []
+    for tree, shape in _distinct_shapes(num_trees, rng):
+        if len(held_out) < num_held_out and (telling := _telling_variant(shape, tree, rng)):
+            held_out.append(telling)
+        else:
+            train += [_variant(shape, tree, rng) for _ in range(variants)]
     rng.shuffle(train)
     return ToyCorpus(train=train, held_out=held_out)
 
@@ -142,7 +147,8 @@ def _variant(shape: Shape, tree: str, rng: random.Random) -> ToyFunction:
     return ToyFunction(**write(shape, rng)._asdict(), kinds=shape.kinds, tree=tree, family=shape.family)
 
 
-def _telling_variant(shape: Shape, tree: str, rng: random.Random) -> ToyFunction:
-    """The variant, of a few drawn, whose asserts expect the most different results."""
-    variants = [_variant(shape, tree, rng) for _ in range(4)]
-    return max(variants, key=lambda variant: len({repr(result) for _, result in variant.cases}))
+def _telling_variant(shape: Shape, tree: str, rng: random.Random) -> ToyFunction | None:
+    """A variant whose asserts expect at least NUM_RESULTS different results; None where a few draws give none."""
+    variants = (_variant(shape, tree, rng) for _ in range(12))
+    telling = (v for v in variants if len({repr(result) for _, result in v.cases}) >= NUM_RESULTS)
+    return next(telling, None)

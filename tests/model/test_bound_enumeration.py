@@ -79,11 +79,11 @@ def test_a_simulated_sampler_has_this_distribution(nats: dict[tuple[int, ...], T
     size, generator = 4000, torch.Generator().manual_seed(0)
     counts = dict.fromkeys(SEQUENCES, 0)
     for _ in range(size):
-        x = [MASK] * LENGTH
+        drawn = [MASK] * LENGTH
         for position in torch.randperm(LENGTH, generator=generator).tolist():
-            probabilities = (-nats[tuple(x)][position]).exp()
-            x[position] = int(torch.multinomial(probabilities, 1, generator=generator))
-        counts[tuple(x)] += 1
+            probabilities = (-nats[tuple(drawn)][position]).exp()
+            drawn[position] = int(torch.multinomial(probabilities, 1, generator=generator))
+        counts[tuple(drawn)] += 1
     for x, count in counts.items():
         p = math.exp(-exact(nats, x))
         assert abs(count - size * p) < 5 * math.sqrt(size * p * (1 - p)) + 1

@@ -137,7 +137,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_a_hidden_token_does_not_leak() -> None:
-    model, batch = build(SMALL), batch_of()
+    batch = batch_of()
     corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), SMALL)
     tokens_BL = torch.where(corruption.masked_BL, 5 + (batch.tokens_BL - 4) % 14, batch.tokens_BL)
     assert (tokens_BL != batch.tokens_BL).any()
@@ -171,7 +171,7 @@ def test_a_batch_without_masked_positions_has_no_loss_but_gradients() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("changes", [{"vocab_size": 0}, {"mask_id": -1}])
-def test_a_model_without_vocabulary_is_refused(changes: dict[str, int]) -> None:
+@pytest.mark.parametrize("config", [replace(SMALL, vocab_size=0), replace(SMALL, mask_id=-1)])
+def test_a_model_without_vocabulary_is_refused(config: ModelConfig) -> None:
     with pytest.raises(ValueError, match="with_vocabulary"):
-        MaskedDiffusion(replace(SMALL, **changes))
+        MaskedDiffusion(config)

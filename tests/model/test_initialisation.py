@@ -44,7 +44,7 @@ def test_a_name_has_its_weights_whatever_surrounds_it() -> None:
     """Reversed registration and a missing layer change nothing for the others."""
     model = MaskedDiffusion(CONFIG)
     reordered = MaskedDiffusion(CONFIG)
-    reordered.denoiser._modules = dict(reversed(reordered.denoiser._modules.items()))  # type: ignore[assignment]
+    reordered.denoiser._modules = dict(reversed(reordered.denoiser._modules.items()))
     shallow = MaskedDiffusion(replace(CONFIG, backbone=replace(BACKBONE, num_layers=2)))
     for each in (model, reordered, shallow):
         initialise(each, 5, num_layers=3)

@@ -99,9 +99,9 @@ def test_hidden_states_and_logits_agree(family: str, num_kv_heads: int, tied: bo
         expected = foreign(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
         hidden = ours(ids, mask=MaskSpec(direction=direction))  # type: ignore[arg-type]
         outputs[direction] = hidden
-        assert (hidden - expected.hidden_states[-1]).abs().max() < 1e-5 * max(1.0, hidden.abs().max())
+        assert (hidden - expected.hidden_states[-1]).abs().max() < 1e-5 * max(1.0, hidden.abs().max().item())
         logits = ours.logits(hidden.flatten(0, 1)).view(2, 17, VOCABULARY)
-        assert (logits - expected.logits).abs().max() < 1e-5 * max(1.0, logits.abs().max())
+        assert (logits - expected.logits).abs().max() < 1e-5 * max(1.0, logits.abs().max().item())
     assert (outputs["causal"] - outputs["bidirectional"]).abs().max() > 0.1
 
 
@@ -125,7 +125,8 @@ def test_gradients_agree() -> None:
     logits = foreign(input_ids=ids, attention_mask=zeros_mask(2, 17), use_cache=False).logits.flatten(0, 1)
     (logits * target).sum().backward()
     (ours.logits(ours(ids).flatten(0, 1)) * target).sum().backward()
-    theirs, mine = foreign.model, ours
+    theirs: Any = foreign.model
+    mine: Any = ours
     block, layer = mine.blocks[1], theirs.layers[1]
     pairs = [
         (mine.embed.weight, theirs.embed_tokens.weight),
