@@ -29,8 +29,8 @@ class Source(Protocol):
     def gather(self, indices: Int64Array) -> Rows:
         """Rows at indices [B], each below len().
 
-        tokens [B, L] int64; maskable [B, L] bool; document [B, L] int32, counted from 0 in each row, -1 at
-        padding; positions [B, L] int64, restarting at 0 in each document.
+        tokens [B, L] int64; maskable [B, L] bool; positions [B, L] int64, restarting at 0 in each document;
+        document [B, L] int32, counted from 0 in each row, -1 at padding, left out where every row is one document.
         """
         ...
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from eval.charts import Row, chart, finite, short
+from pretrain.hooks.metrics import read_metrics as metric_lines
 
 SAMPLES_SHOWN = 6
 STATES = ("prompt", "masked", "new", "known")
@@ -89,9 +90,8 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row], list[Row]]:
     train: dict[int, Row] = {}
     validation: dict[int, Row] = {}
     events: list[Row] = []
-    for line in _read_text(path).split("\n"):
-        row = _parse_row(line)
-        if row is None:
+    for row in metric_lines(path) if path.is_file() else ():
+        if not isinstance(row.get("step"), int):
             continue
         step, kind = row["step"], row.get("kind")
         if kind == "train":
@@ -104,14 +104,6 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row], list[Row]]:
                 train = {s: kept for s, kept in train.items() if s <= step}
                 validation = {s: kept for s, kept in validation.items() if s <= step}
     return [train[s] for s in sorted(train)], [validation[s] for s in sorted(validation)], events
-
-
-def _parse_row(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _read_text(path: Path) -> str:

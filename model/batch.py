@@ -18,17 +18,17 @@ class Batch:
     Args:
         tokens_BL: clean token ids, int64.
         maskable_BL: positions the diffusion may hide, bool: not prompts, clues or padding.
-        document_BL: document number within the row, int32; -1 at padding.
         positions_BL: position within the document, int64.
         index_B: global sample index, int64: the argument of every random number of the row.
+        document_BL: document number within the row, int32, -1 at padding; None: every row is one document.
         label_B: class or attribute of the sequence, int64, where the source has one.
     """
 
     tokens_BL: Tensor
     maskable_BL: Tensor
-    document_BL: Tensor
     positions_BL: Tensor
     index_B: Tensor
+    document_BL: Tensor | None = None
     label_B: Tensor | None = None
 
     @classmethod
@@ -37,9 +37,9 @@ class Batch:
         return cls(
             tokens_BL=rows["tokens"],
             maskable_BL=rows["maskable"],
-            document_BL=rows["document"],
             positions_BL=rows["positions"],
             index_B=rows["index"],
+            document_BL=rows.get("document"),
             label_B=rows.get("label"),
         )
 

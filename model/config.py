@@ -100,10 +100,8 @@ class TransformerConfig(Settings):
                 return
         if self.head_dim is None and self.dim % self.num_heads:
             divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0 and (self.dim // n) % 2 == 0]
-            yield (
-                f"backbone.num_heads={self.num_heads} does not divide dim={self.dim}: "
-                f"use one of {divisors} or set head_dim"
-            )
+            fix = f"use one of {divisors} or set head_dim" if divisors else "use an even dim or set head_dim"
+            yield f"backbone.num_heads={self.num_heads} does not divide dim={self.dim}: {fix}"
         elif self.head_width % 2:
             yield f"backbone.head_dim={self.head_width} must be even for rotary positions"
         if self.num_heads % self.kv_heads:

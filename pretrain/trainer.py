@@ -104,8 +104,7 @@ class Trainer:
     def run(self) -> TrainState:
         """Trains from the newest good checkpoint (or from nothing) to the last step."""
         folder = self.config.path / CHECKPOINTS
-        checkpoint = newest_good(folder)
-        self.axis.barrier()
+        checkpoint = self.axis.from_first(lambda: newest_good(folder))
         if checkpoint is not None:
             self.state = resume(checkpoint, self.engine, self.model)
             self.state.resumes += self.state.step < self.config.train.steps

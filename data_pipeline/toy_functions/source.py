@@ -15,10 +15,12 @@ class ToyFunctionSource:
     """One function per row of `length` tokens.
 
     Raises:
-        ValueError: a function is longer than the row.
+        ValueError: no functions, or one that is longer than the row.
     """
 
     def __init__(self, functions: Sequence[ToyFunction], tokenizer: Tokenizer, length: int) -> None:
+        if not functions:
+            raise ValueError("there are no toy functions to train on or hold out: set data.num_held_out to at least 1")
         prompts = tokenizer.encode_batch([f.prompt for f in functions])
         bodies = tokenizer.encode_batch([f.body for f in functions])
         longest = max(len(p) + len(b) + 1 for p, b in zip(prompts, bodies, strict=True))
@@ -42,6 +44,5 @@ class ToyFunctionSource:
         return {
             "tokens": tokens,
             "maskable": positions >= prompt[:, None],
-            "document": torch.zeros(tokens.shape, dtype=torch.int32),
             "positions": positions,
         }

@@ -89,7 +89,7 @@ def _seal(partial: Path, final: Path, step: int, world_size: int) -> None:
 
 
 def _retain(newest: Path, keep: int) -> None:
-    """Removes what is older than the newest `keep`, later ones (damaged: the run went on before them), and leftovers."""
+    """Keeps the newest `keep`; removes the rest, leftovers, and later ones, which the resume has found damaged."""
     found = sorted(newest.parent.glob("step-*"))
     sealed = [path for path in found if path.suffix != ".tmp" and path <= newest]
     for path in set(found) - set(sealed[-keep:]):

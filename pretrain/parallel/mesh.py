@@ -1,13 +1,16 @@
 """Process groups: one data axis; a mesh of one process is a plain run."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,14 @@ class DataAxis:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return [float(v) for v in total.tolist()]
+
+    def from_first(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank."""
+        if self.size == 1:
+            return decide()
+        box = [decide() if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Waits for every rank."""

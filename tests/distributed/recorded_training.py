@@ -25,7 +25,7 @@ def record_noise(seen: dict[int, tuple[float, list[int]]]) -> None:
             seen[index] = (float(micro.corruption.t_B[row]), micro.corruption.x_t_BL[row].tolist())
         return forward_backward(engine, micro, scale=scale, last=last)
 
-    FsdpEngine.forward_backward = recording  # type: ignore[method-assign]
+    FsdpEngine.forward_backward = recording  # type: ignore[method-assign, assignment]
 
 
 def main(paths: list[str]) -> None:

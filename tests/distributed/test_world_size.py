@@ -100,39 +100,42 @@ def assert_close(ours: Trace, theirs: Trace, tolerance: float) -> None:
             assert ours[step][key] == pytest.approx(value, rel=tolerance), (step, key)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_losses_norms_and_bounds_agree(worlds: Worlds, precision: str) -> None:
+def test_two_processes_compute_what_one_computes(worlds: Worlds) -> None:
+    """One test, because its runs are expensive and test processes do not share them."""
+    for precision, tolerance in TOLERANCE.items():
+        check_losses_norms_and_bounds(worlds, precision, tolerance)
+    assert_close(worlds.trace("split-2"), worlds.trace("fp32-1"), 1e-5)
+    one = worlds.noise("fp32-1")
+    assert sorted(map(int, one)) == list(range(8 * 16))
+    for name in ("fp32-2", "bf16-2", "split-2"):
+        assert worlds.noise(name) == one, name
+    for name in ("from-1-in-2", "from-2-in-1"):
+        check_resume(worlds, name)
+    for averaged in (True, False):
+        check_weights(worlds, averaged)
+
+
+def check_losses_norms_and_bounds(worlds: Worlds, precision: str, tolerance: float) -> None:
     one, two = worlds.trace(f"{precision}-1"), worlds.trace(f"{precision}-2")
     assert sorted(one) == list(range(1, 9))
     assert {"train.loss", "train.ce", "train.grad_norm", "validation.nelbo"} <= one[8].keys()
-    assert_close(two, one, TOLERANCE[precision])
+    assert_close(two, one, tolerance)
 
 
-def test_accumulation_and_recomputation_agree_too(worlds: Worlds) -> None:
-    assert_close(worlds.trace("split-2"), worlds.trace("fp32-1"), 1e-5)
-
-
-@pytest.mark.parametrize("name", ["fp32-2", "bf16-2", "split-2"])
-def test_masks_and_times_are_identical(worlds: Worlds, name: str) -> None:
-    one = worlds.noise("fp32-1")
-    assert sorted(map(int, one)) == list(range(8 * 16))
-    assert worlds.noise(name) == one
-
-
-@pytest.mark.parametrize("name", ["from-1-in-2", "from-2-in-1"])
-def test_a_checkpoint_resumes_at_another_world_size(worlds: Worlds, name: str) -> None:
+def check_resume(worlds: Worlds, name: str) -> None:
+    """A checkpoint goes on at another world size."""
     expected = {step: line for step, line in worlds.trace("fp32-1").items() if step > 4}
     assert_close(worlds.trace(name), expected, 1e-5)
     one, other = worlds.noise("fp32-1"), worlds.noise(name)
     assert other == {index: row for index, row in one.items() if int(index) >= 4 * 16}
 
 
-def test_weights_of_two_processes_load_for_evaluation(worlds: Worlds) -> None:
-    for averaged in (True, False):
-        one, two = (load_for_evaluation(worlds.folder / n, averaged=averaged) for n in ("fp32-1", "fp32-2"))
-        ours = dict(two.model.named_parameters())
-        for name, parameter in one.model.named_parameters():
-            torch.testing.assert_close(ours[name], parameter, rtol=1e-4, atol=1e-5)
+def check_weights(worlds: Worlds, averaged: bool) -> None:
+    """What two processes saved loads for evaluation."""
+    one, two = (load_for_evaluation(worlds.folder / n, averaged=averaged) for n in ("fp32-1", "fp32-2"))
+    ours = dict(two.model.named_parameters())
+    for name, parameter in one.model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_every_process(

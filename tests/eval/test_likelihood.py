@@ -67,10 +67,10 @@ def exact(model: MaskedDiffusion, source: Symbols) -> float:
 
 
 def test_the_bound_is_the_enumerated_expectation(model: MaskedDiffusion) -> None:
-    found = bound(model, Symbols(), num_draws=2000)
-    assert found.tokens == 2000 * 17
+    found = bound(model, Symbols(), num_draws=1000)
+    assert found.tokens == 1000 * 17
     assert abs(found.nelbo - exact(model, Symbols())) < 5 * found.error
-    assert found.error < 0.01
+    assert found.error < 0.02
 
 
 def test_the_error_is_the_spread_over_seeds(model: MaskedDiffusion) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -63,11 +63,13 @@ def exact_ancestral(model: MaskedDiffusion, steps: int, schedule: ScheduleConfig
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
         flip = (alpha(s) - alpha(t)) / (1 - alpha(t))
-        later: Counter[tuple[int, ...]] = Counter()
+        later: dict[tuple[int, ...], float] = defaultdict(float)
         for x, probability in now.items():
             predicted = predictions(model, x)
             options = [
-                [(MASK, 1 - flip), *((v, flip * predicted[i][v]) for v in range(4))] if token == MASK else [(token, 1.0)]
+                [(MASK, 1 - flip), *((v, flip * predicted[i][v]) for v in range(4))]
+                if token == MASK
+                else [(token, 1.0)]
                 for i, token in enumerate(x)
             ]
             for chosen in itertools.product(*options):
@@ -93,7 +95,7 @@ def test_ancestral_samples_follow_the_exact_distribution(model: MaskedDiffusion,
 
 
 def test_one_at_a_time_follows_the_exact_distribution_of_random_orders(model: MaskedDiffusion) -> None:
-    expected: Counter[tuple[int, ...]] = Counter()
+    expected: dict[tuple[int, ...], float] = defaultdict(float)
     for order in itertools.permutations(range(LENGTH)):
         for x in itertools.product(range(4), repeat=LENGTH):
             seen, probability = [MASK] * LENGTH, 1 / 6
@@ -303,7 +305,8 @@ def test_completions_do_not_depend_on_the_batch_size(writer: MaskedDiffusion, to
     prompts = ["def f", "x = 1\n", "", "for", "if x:", "class A"]
     settings = SamplingSettings(steps=6, temperature=1.0, top_p=0.9, seed=2)
     one, many = (
-        complete(writer, tokenizer, prompts, settings, length=20, batch_size=size, record_frames=True) for size in (1, 4)
+        complete(writer, tokenizer, prompts, settings, length=20, batch_size=size, record_frames=True)
+        for size in (1, 4)
     )
     assert one == many
     again = complete(writer, tokenizer, prompts, SamplingSettings(steps=6, temperature=1.0, seed=3), length=20)
@@ -314,5 +317,7 @@ def test_completions_do_not_depend_on_the_batch_size(writer: MaskedDiffusion, to
 
 @pytest.mark.parametrize("length", [3, 6])
 def test_a_prompt_without_room_is_refused(writer: MaskedDiffusion, tokenizer: Tokenizer, length: int) -> None:
-    with pytest.raises(ValueError, match=f"a prompt of 6 tokens leaves no room on a canvas of {length}: raise --length"):
+    with pytest.raises(
+        ValueError, match=f"a prompt of 6 tokens leaves no room on a canvas of {length}: raise --length"
+    ):
         complete(writer, tokenizer, ["ab", "abcdef"], SamplingSettings(), length=length)

@@ -82,7 +82,7 @@ def test_help_names_and_explains_every_option(cli: Cli, words: tuple[str, ...]) 
     command = leaves(COMMANDS)[words]
     assert (command.help or "").split("\n")[0] in text
     for parameter in command.params:
-        if isinstance(parameter, click.Option) or hasattr(parameter, "secondary_opts") and parameter.opts[0][0] == "-":
+        if parameter.opts[0].startswith("-"):
             assert parameter.opts[0] in text
         explanation = getattr(parameter, "help", None)
         assert explanation, f"{parameter.name} has no help"
@@ -286,7 +286,7 @@ def test_samples_and_evaluations_that_do_not_fit_are_refused(
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
     assert "leaves no room on a canvas" in refused("sample", "run", "--prompt", "x" * 50)
-    assert "'humaneval' is not a task: use bound" in refused("eval", "run", "--task", "humaneval")
+    assert "'humanevil' is not a task: use bound" in refused("eval", "run", "--task", "humanevil")
     assert "was not trained on toy functions" in refused("eval", "run", "--task", "toy_functions")
     assert "top_p=0.0 must" in refused("sample", "run", "--top-p", "0")
     (tmp_path / "tasks.jsonl").write_text("{}\n")
@@ -312,7 +312,8 @@ def test_a_report_of_nothing_is_refused(refused: Callable[..., str]) -> None:
 def test_what_does_not_parse_is_refused(cli: Cli, tmp_path: Path, arguments: list[str]) -> None:
     code, _, errors = cli(*arguments)
     assert code == 2
-    assert errors.splitlines()[0].startswith("Usage: penumbra")
+    assert errors.startswith("Usage: ")
+    assert "\nError: " in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
 

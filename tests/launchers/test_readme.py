@@ -116,9 +116,9 @@ def test_the_recipe_that_is_taught_works(tmp_path: Path) -> None:
 
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     source = block.replace("from ..config", "from pretrain.config").replace("from .", "from pretrain.recipes.")
-    space: dict[str, object] = {}
+    space: dict[str, object] = {"__name__": "readme"}
     exec(compile(source, "README", "exec"), space)
-    written = [f for f in space.values() if callable(f) and getattr(f, "__module__", "") == "builtins"]
+    written = [f for f in space.values() if callable(f) and getattr(f, "__module__", "") == "readme"]
     made = [f() for f in written if getattr(f, "__annotations__", {}).get("return") is RunConfig]
     assert made
     for config in made:

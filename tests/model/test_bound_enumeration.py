@@ -130,7 +130,7 @@ def test_the_estimator_gives_every_subset_its_weight(nats: dict[tuple[int, ...],
     size, x = 5000, (2, 0, 3)
     tokens_BL = torch.tensor(x).expand(size, LENGTH)
     index_B = torch.arange(size)
-    batch = Batch(tokens_BL, torch.ones_like(tokens_BL, dtype=torch.bool), tokens_BL, tokens_BL, index_B)
+    batch = Batch(tokens_BL, torch.ones_like(tokens_BL, dtype=torch.bool), tokens_BL, index_B)
     corruption = corrupt_uniform_count(batch, NoiseKey(1, 0, index_B), CONFIG)
     real = slice(0, corruption.num_masked)
     weights = torch.zeros(size, LENGTH)

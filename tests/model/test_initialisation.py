@@ -69,17 +69,18 @@ def test_seeds_and_names_draw_different_weights() -> None:
         assert abs(correlation) < 5 / math.sqrt(one.numel())
 
 
-def test_weights_have_their_standard_deviations() -> None:
-    for name, parameter in weights().items():
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_have_their_standard_deviations(tied: bool) -> None:
+    expected = {"attention.out": 0.02 / math.sqrt(2 * 3), "ffn.down": 0.02 / math.sqrt(2 * 3)}
+    expected["denoiser.embed"] = 0.02 if tied else 1.0
+    for name, parameter in weights(replace(CONFIG, backbone=replace(BACKBONE, tie_embeddings=tied))).items():
         if name.endswith("bias"):
             assert not parameter.any()
         elif "norm" in name:
             assert (parameter == 1).all()
         else:
-            residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
-            expected = 0.02 / math.sqrt(2 * 3) if residual else 0.02
-            scaled = (parameter / expected).flatten().double().numpy()
-            assert stats.kstest(scaled, "norm").pvalue > 1e-4, name
+            scale = next((v for k, v in expected.items() if name.endswith(f"{k}.weight")), 0.02)
+            assert stats.kstest((parameter / scale).flatten().double().numpy(), "norm").pvalue > 1e-4, name
 
 
 def test_modulation_starts_at_zero_and_time_does_not() -> None:

@@ -148,6 +148,17 @@ def test_times_per_sequence_segment_and_position_agree_when_constant() -> None:
 
 
 @torch.no_grad()
+def test_time_and_condition_add_up() -> None:
+    model, ids, t_B, condition_BC = build(CONDITIONED, time=True), tokens(), torch.tensor([0.1, 0.8]), random(2, 6)
+    assert model.time is not None
+    embedded_BC = model.time(t_B[:, None])[:, 0]
+    untimed = build(CONDITIONED)
+    untimed.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("time.")})
+    found = model(ids, t=t_B, condition=condition_BC)
+    assert torch.allclose(found, untimed(ids, condition=embedded_BC + condition_BC), atol=2e-5)
+
+
+@torch.no_grad()
 def test_shared_modulation_is_per_block_modulation_with_one_matrix() -> None:
     shared = build(replace(CONDITIONED, modulation="shared"))
     own = build(CONDITIONED)

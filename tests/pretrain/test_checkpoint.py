@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from model.config import ModelConfig, TransformerConfig
@@ -125,7 +124,8 @@ def test_a_save_interrupted_anywhere_leaves_a_usable_checkpoint(
                 save(run, 2, tokenizer=tokenizer, keep=1)
             break
         except BaseException as error:
-            assert "Interrupted" in repr(error) or "Interrupted" in str(error), error
+            if "Interrupted" not in f"{error!r} {error}":
+                raise
         step, numbers = restored(run)
         assert (step, numbers) == expected(step)
         outcomes.append(step)
@@ -287,5 +287,5 @@ def test_the_seal_lists_every_file_and_the_names_are_canonical(tmp_path: Path, t
     saved = FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
     names = [name for name, _ in make_engine().model.named_parameters()]
     assert set(saved) == {f"{group}.{name}" for group in ("model", "exp_avg", "exp_avg_sq", "ema") for name in names}
-    sizes: dict[str, Tensor] = dict(make_engine().model.named_parameters())
-    assert all(tuple(saved[f"ema.{name}"].size) == tuple(t.shape) for name, t in sizes.items())
+    shapes = {name: tuple(t.shape) for name, t in make_engine().model.named_parameters()}
+    assert {name: tuple(saved[f"ema.{name}"].size) for name in names} == shapes  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from pretrain.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 5
-STEPS = 60
+STEPS = 35
 
 
 def start(path: Path) -> "subprocess.Popen[bytes]":
@@ -39,7 +39,7 @@ def test_kill_and_resume_gives_the_bit_identical_trace(
     trace: Callable[[Path], dict[int, dict[str, Any]]],
 ) -> None:
     settings = [f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=2", "data.num_workers=1"]
-    settings += ["validation.every=20"]
+    settings += ["validation.every=10"]
     whole, killed = (make_config(tmp_path / name, *settings) for name in ("whole", "killed"))
     assert start(write_config(whole, tmp_path / "whole.yaml")).wait() == 0
 
@@ -47,7 +47,7 @@ def test_kill_and_resume_gives_the_bit_identical_trace(
     folder, path = killed.path / CHECKPOINTS, write_config(killed, tmp_path / "killed.yaml")
     for number in range(KILLS):
         process = start(path)
-        step = STEPS * (number + 1) // (KILLS + 2) + rng.randrange(4)
+        step = STEPS * (number + 1) // (KILLS + 2) + rng.randrange(3)
         if number % 2:
             wait_for(process, (folder / f"step-{step:08d}.tmp").exists)
         else:
