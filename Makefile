@@ -21,7 +21,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two workers of one thread each; tests that need both cores run alone afterwards.
+# Two workers of one thread each.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
@@ -32,4 +32,4 @@ demo: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m launchers.demo
 
 clean:
-	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,8 @@ class Loader(Generic[T]):
     order: global sample positions -> indices of the source. transform: called with (step, rows), where rows
     is Source.gather's dict plus "index" [b] int64, the global sample positions; its result is what iteration
     yields.
+    first_step, num_steps: the first step and one past the last.
+    pin_memory: puts what `transform` returns into page-locked memory by its own pin_memory(), for a GPU to copy.
     num_workers: processes that run gather and transform ahead of the loop, 0 for none; where the platform
     does not fork, source, order and transform must pickle.
     Raises ValueError when global_batch does not divide by size.
@@ -39,6 +41,7 @@ class Loader(Generic[T]):
         num_steps: int,
         num_workers: int,
         transform: Callable[[int, Rows], T],
+        pin_memory: bool = False,
     ) -> None:
         assert 0 <= rank < size, f"rank {rank} of {size}"
         _check_batch(global_batch, size)
@@ -46,7 +49,7 @@ class Loader(Generic[T]):
             raise ValueError(f"num_workers is {num_workers}; give 0 (no worker processes) or more.")
         self._batches = _Batches(source, order, global_batch, rank, size, transform)
         self._steps = range(first_step, num_steps)
-        self._num_workers = num_workers
+        self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -60,6 +63,7 @@ class Loader(Generic[T]):
                 batch_size=None,
                 sampler=self._steps,
                 num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
                 worker_init_fn=_use_one_thread,
                 generator=torch.Generator(),  # else starting the workers advances the global generator
             )

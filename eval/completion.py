@@ -22,14 +22,27 @@ Frame = list[tuple[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What a command may choose about sampling; written into every result."""
+    """What a command may choose about sampling; written into every result.
+
+    order: None becomes top_probability with an even amount, and random with the ancestral one.
+    """
 
     steps: int = 64
     amount: Literal["even", "ancestral"] = "even"
-    order: OrderName = "top_probability"
+    order: OrderName | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order is None:
+            object.__setattr__(self, "order", "random" if self.amount == "ancestral" else "top_probability")
+
+    @property
+    def always_the_same(self) -> bool:
+        """Whether every sample of a prompt is the same text, whatever its draws."""
+        same_places = self.steps == 1 or (self.amount == "even" and self.order != "random")
+        return self.temperature == 0 and same_places
 
     def policies(self, model: ModelConfig) -> Policies:
         """The policies of these settings.
@@ -38,6 +51,7 @@ class SamplingSettings:
             ValueError: a temperature or top_p out of range.
         """
         amount = Ancestral(model.schedule) if self.amount == "ancestral" else Even()
+        assert self.order is not None
         return Policies(amount, self.order, TokenChoice(self.temperature, self.top_p))
 
 
@@ -92,12 +106,13 @@ def _complete_batch(
         tokens_BL[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         prompt_BL[row, : len(ids)] = True
     state = SamplerState.start(tokens_BL, ~prompt_BL, mask_id=mask_id, seed=settings.seed, first_index=first_index)
-    states = [state]
-    final = sample(model, state, settings.policies(model.config), settings.steps, on_step=states.append)
+    states = [state] if record_frames else []
+    keep = states.append if record_frames else None
+    final = sample(model, state, settings.policies(model.config), settings.steps, on_step=keep)
     completions = []
     for row, ids in enumerate(encoded):
         text = tokenizer.decode(_until_end(final.tokens_BL[row, len(ids) :].tolist(), tokenizer.end_id))
-        frames = [_frame(states, n, row, len(ids), tokenizer) for n in range(len(states))] if record_frames else []
+        frames = [_frame(states, n, row, len(ids), tokenizer) for n in range(len(states))]
         completions.append(Completion(tokenizer.decode(ids), text, frames))
     return completions
 

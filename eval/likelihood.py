@@ -1,4 +1,7 @@
-"""The bound of a checkpoint on held-out rows, with as many draws of the noise as wanted."""
+"""The bound of a checkpoint on held-out rows, with as many draws of the noise as wanted.
+
+Shapes: B sequences.
+"""
 
 import numpy as np
 import torch
@@ -21,20 +24,21 @@ def bound(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Bound:
-    """Nats per maskable token over the first rows of a source; the error counts rows and draws as independent.
+    """Nats per maskable token over the first rows of a source; the error counts rows as independent.
 
     Args:
         num_sequences: rows to measure; None: all.
-        num_draws: corruptions of each row.
+        num_draws: corruptions of each row, whose losses are averaged before rows are added up.
     """
     model.eval()
     total = len(source) if num_sequences is None else min(num_sequences, len(source))
     sums = BoundSums()
-    for draw in range(num_draws):
-        for start in range(0, total, batch_size):
-            index = torch.arange(start, min(total, start + batch_size))
-            batch = Batch.of({**source.gather(np.asarray(index)), "index": index})
-            corruption = corrupt_uniform_count(batch, NoiseKey(seed, draw, index), model.config)
-            terms = model(batch, corruption, step=StepSchedule())
-            sums.add(terms.loss_B, batch.maskable_BL.sum(1))
+    for start in range(0, total, batch_size):
+        index_B = torch.arange(start, min(total, start + batch_size))
+        batch = Batch.of({**source.gather(np.asarray(index_B)), "index": index_B})
+        loss_B = torch.zeros(len(index_B), dtype=torch.float64)
+        for draw in range(num_draws):
+            corruption = corrupt_uniform_count(batch, NoiseKey(seed, draw, index_B), model.config)
+            loss_B += model(batch, corruption, step=StepSchedule()).loss_B.double().cpu()
+        sums.add(loss_B / num_draws, batch.maskable_BL.sum(1))
     return sums.estimate()

@@ -1,5 +1,6 @@
 """The one form in which measurements are written: what was run, on what, and the numbers by dotted key."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def write_whole(path: Path, text: str) -> None:
         write_synced(partial, text)
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise ValueError(f"{path} can not be written ({error}): choose another place") from None
 
 

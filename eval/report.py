@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from eval.charts import Row, chart, finite, short
+from eval.record import write_whole
 from pretrain.hooks.metrics import read_metrics as metric_lines
 
 SAMPLES_SHOWN = 6
@@ -47,20 +47,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     The page loads nothing from outside. Parts of the folder that do not exist yet are named on the page
     together with the command that makes them. Raises ValueError for a folder or a file it cannot read.
     """
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a run folder; name the folder that `penumbra train` wrote, such as runs/demo.")
+    if not any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise ValueError(
+            f"{run} is not a run folder (it has neither config.yaml nor metrics.jsonl): "
+            "name the folder that `penumbra train` wrote, such as runs/demo"
+        )
     page = render(read_run(run))
     target = out or run / "report.html"
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(page.encode("utf-8", errors="replace"))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {target} ({error.strerror}); name a writable file with --out.") from error
+    write_whole(target, page.encode(errors="replace").decode())
     return target
 
 
@@ -73,11 +67,11 @@ def read_run(run: Path) -> RunRecord:
         train=train,
         validation=validation,
         events=events,
-        evaluations={path.stem: _read_json(path) for path in sorted(run.glob("evaluations/*.json"))},
+        evaluations={path.stem: _read_evaluation(path) for path in sorted(run.glob("evaluations/*.json"))},
         samples=[
             {"name": f"{path.stem} {number}", **sample}
             for path in sorted(run.glob("samples/*.json"))
-            for number, sample in enumerate(_read_json(path).get("samples", []), start=1)
+            for number, sample in enumerate(_read_samples(path), start=1)
         ],
     )
 
@@ -110,17 +104,32 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}); make it a readable file or remove it.") from error
+        raise ValueError(f"cannot read {path} ({error.strerror}): make it a readable file or remove it") from error
 
 
 def _read_json(path: Path) -> Row:
     try:
         content = json.loads(_read_text(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it and run its command again.") from error
+        raise ValueError(f"{path} is not JSON ({error}): remove it and run its command again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; remove it and run its command again.")
+        raise ValueError(f"{path} holds no JSON object: remove it and run its command again")
     return content
+
+
+def _read_evaluation(path: Path) -> Row:
+    content = _read_json(path)
+    results = content.get("results", {})
+    if not isinstance(results, dict) or not all(isinstance(value, int | float) for value in results.values()):
+        raise ValueError(f"{path} has results that are not numbers by key: remove it and run its command again")
+    return content
+
+
+def _read_samples(path: Path) -> list[Row]:
+    samples = _read_json(path).get("samples", [])
+    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
+        raise ValueError(f"{path} has samples that are not JSON objects: remove it and run its command again")
+    return samples
 
 
 def key_figures(record: RunRecord) -> list[Figure]:

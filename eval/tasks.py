@@ -15,7 +15,7 @@ from pretrain.parallel.mesh import single_process
 
 from .code.nearest import NearestExample
 from .code.pass_at_k import evaluate
-from .code.sandbox import Limits
+from .code.sandbox import Limits, require_sandbox
 from .code.tasks import Task, read_tasks
 from .completion import SamplingSettings, complete
 from .likelihood import bound
@@ -29,13 +29,17 @@ DEMO_TASKS = Path(__file__).parent / "code" / "data" / "demo_tasks.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What a command may choose about an evaluation; written into every result."""
+    """What a command may choose about an evaluation; written into every result.
+
+    batch_size: rows at once, which changes no result.
+    """
 
     sampling: SamplingSettings
     num_samples: int = 1
     length: int | None = None
     limit: int | None = None
     num_draws: int = 4
+    batch_size: int = 32
     seconds: float = 5.0
 
 
@@ -99,9 +103,13 @@ def _bound(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results
         validation,
         num_sequences=settings.limit,
         num_draws=settings.num_draws,
+        batch_size=settings.batch_size,
         seed=settings.sampling.seed,
     )
-    say(f"bound: {found.nelbo:.4f} +- {found.error:.4f} nats per token on {found.tokens} held-out tokens (with draws)")
+    say(
+        f"bound: {found.nelbo:.4f} +- {found.error:.4f} nats per token on {found.tokens} held-out tokens, "
+        f"{settings.num_draws} draw(s) of the noise"
+    )
     return {"bound.nelbo": found.nelbo, "bound.nelbo_error": found.error, "bound.tokens": found.tokens}
 
 
@@ -125,6 +133,13 @@ def _code(name: str, tasks: Sequence[Task], run: EvaluatedRun, settings: Evaluat
     tokenizer = run.loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{run.loaded.checkpoint} has no tokenizer and can not write code")
+    if settings.num_samples > 1 and settings.sampling.always_the_same:
+        raise ValueError(
+            f"all {settings.num_samples} samples of a task would be the same at temperature 0: "
+            "set --temperature, for example to 0.8, or --num-samples 1"
+        )
+    limits = Limits(seconds=settings.seconds)
+    require_sandbox(limits)
     tasks = tasks[: settings.limit]
     prompts = [task.prompt for task in tasks for _ in range(settings.num_samples)]
     written = complete(
@@ -133,11 +148,12 @@ def _code(name: str, tasks: Sequence[Task], run: EvaluatedRun, settings: Evaluat
         prompts,
         settings.sampling,
         length=settings.length or _canvas(tokenizer.encode_batch(prompts), run.config.data.length),
+        batch_size=settings.batch_size,
     )
     texts = iter(completion.text for completion in written)
     completions = {task.task_id: [next(texts) for _ in range(settings.num_samples)] for task in tasks}
     ks = [k for k in (1, 10, 100) if k <= settings.num_samples]
-    score = evaluate(tasks, completions, limits=Limits(seconds=settings.seconds), workers=_workers(), ks=ks)
+    score = evaluate(tasks, completions, limits=limits, workers=_workers(), ks=ks)
     for k, value in score.pass_at_k.items():
         say(f"{name}: {len(tasks)} tasks, {settings.num_samples} sample(s) each  pass@{k} {value:.3f}")
     return {f"{name}.pass_at_{k}": value for k, value in score.pass_at_k.items()} | {f"{name}.tasks": len(tasks)}

@@ -41,16 +41,23 @@ class RevealAmount(StrEnum):
 
 
 Steps = Annotated[int, typer.Option(help="Network calls per sample.", min=1)]
-Order = Annotated[RevealOrder, typer.Option(help="Which masked positions are revealed first.")]
+Order = Annotated[
+    RevealOrder | None,
+    typer.Option(
+        help="Which masked positions are revealed first.", show_default="top_probability; random if ancestral"
+    ),
+]
 Amount = Annotated[
-    RevealAmount, typer.Option(help="Positions per step: the same number, or as the reverse process draws.")
+    RevealAmount,
+    typer.Option(help="Positions per step: the same number, or as the reverse process draws (in random order)."),
 ]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)]
 TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.", max=1.0)]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
 Length = Annotated[
-    int | None, typer.Option(help="Canvas in tokens, prompt included.", show_default="the trained length")
+    int | None, typer.Option(help="Canvas in tokens, prompt included.", min=1, show_default="the trained length")
 ]
+BatchSize = Annotated[int, typer.Option(help="Rows at once; bounds the memory and changes no result.", min=1)]
 
 
 @app.command()
@@ -147,12 +154,13 @@ def sample(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     num: Annotated[int, typer.Option(help="How many samples.", min=1)] = 1,
     steps: Steps = 64,
-    order: Order = RevealOrder.top_probability,
+    order: Order = None,
     amount: Amount = RevealAmount.even,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     length: Length = None,
     seed: Seed = 0,
+    batch_size: BatchSize = 32,
     trace: Annotated[bool, typer.Option("--trace", help="Print the text at several steps of its unmasking.")] = False,
 ) -> None:
     """Sample from a run; the unmasking is kept in RUN/samples for the report."""
@@ -161,9 +169,14 @@ def sample(
     from .sampling import run_sample
 
     settings = SamplingSettings(
-        steps=steps, amount=amount.value, order=order.value, temperature=temperature, top_p=top_p, seed=seed
+        steps=steps,
+        amount=amount.value,
+        order=order and order.value,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
-    run_sample(run, prompt, num, settings, length=length, trace=trace)
+    run_sample(run, prompt, num, settings, length=length, batch_size=batch_size, trace=trace)
 
 
 @app.command("eval")
@@ -179,12 +192,13 @@ def evaluate(
     ] = None,
     num_draws: Annotated[int, typer.Option(help="Noise draws per row of the bound.", min=1)] = 4,
     steps: Steps = 64,
-    order: Order = RevealOrder.top_probability,
+    order: Order = None,
     amount: Amount = RevealAmount.even,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     length: Length = None,
     seed: Seed = 0,
+    batch_size: BatchSize = 32,
     seconds: Annotated[float, typer.Option(help="Time limit of one program.", min=0.1)] = 5.0,
 ) -> None:
     """Measure a run: its likelihood bound on held-out data, or pass@1 on code tasks."""
@@ -194,10 +208,21 @@ def evaluate(
     from .evaluating import run_evaluation
 
     sampling = SamplingSettings(
-        steps=steps, amount=amount.value, order=order.value, temperature=temperature, top_p=top_p, seed=seed
+        steps=steps,
+        amount=amount.value,
+        order=order and order.value,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
     settings = EvaluationSettings(
-        sampling=sampling, num_samples=num_samples, length=length, limit=limit, num_draws=num_draws, seconds=seconds
+        sampling=sampling,
+        num_samples=num_samples,
+        length=length,
+        limit=limit,
+        num_draws=num_draws,
+        batch_size=batch_size,
+        seconds=seconds,
     )
     run_evaluation(run, task, settings, json)
 

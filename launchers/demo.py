@@ -37,21 +37,21 @@ def main() -> None:
     """Tokenise, train, be killed, resume, measure, sample, score, report."""
     started = time.monotonic()
     if RUN.exists():
-        raise ValueError(f"{RUN} exists: `make clean` removes it, or `penumbra train demo` continues it")
+        raise ValueError(f"{RUN} exists: `rm -r {RUN}` removes it, or `penumbra train demo` continues it")
     if not DATA.exists():
         penumbra("tokenize", "stdlib", "--out", str(DATA))
-    interrupted_training(after_step=100)
+    interrupted_training(after_step=200)
     penumbra("train", "demo")
     penumbra("eval", str(RUN), "--task", "bound", "--num-draws", "2", "--limit", "128")
     penumbra(
         "sample", str(RUN), "--prompt", PROMPT, "--length", "96", "--steps", "48", "--trace", "--temperature", "0.7"
     )
-    penumbra("eval", str(RUN), "--task", "demo_tasks")
+    penumbra("eval", str(RUN), "--task", "demo_tasks", "--length", "128", "--steps", "32")
     penumbra("report", str(RUN))
     print(f"\nDone in {time.monotonic() - started:.0f} s. What is where:")
     for path, what in (
         (DATA, "tokenised standard library: shards, tokenizer, manifest.json"),
-        (RUN / "config.yaml", "the resolved configuration; `penumbra train runs/demo/config.yaml` repeats the run"),
+        (RUN / "config.yaml", "the resolved configuration; `penumbra train runs/demo folder=runs/again` repeats it"),
         (RUN / "metrics.jsonl", "loss, bound, speed"),
         (RUN / "checkpoints", "sealed checkpoints"),
         (RUN / "evaluations", "bound and pass@1 with everything they depend on"),

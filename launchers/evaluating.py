@@ -5,13 +5,15 @@ from pathlib import Path
 
 from eval.record import Record
 from eval.tasks import EvaluationSettings, open_run, run_task, task_name
+from pretrain.hooks.writable import check_writable
 
 
 def run_evaluation(folder: Path, task: str, settings: EvaluationSettings, json_file: Path | None) -> None:
     """Scores a run; writes RUN/evaluations/TASK.json and, where asked, another copy."""
     run = open_run(folder)
+    kept = folder / "evaluations" / f"{task_name(task)}.json"
+    check_writable(kept, json_file)
     record = Record({"run": str(folder), "task": task, "checkpoint": run.loaded.checkpoint.name, **asdict(settings)})
     results = run_task(task, run, settings, print)
-    kept = folder / "evaluations" / f"{task_name(task)}.json"
     record.write(results, kept, json_file)
     print(f"written to {kept}" + (f" and {json_file}" if json_file else ""))

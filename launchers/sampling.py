@@ -10,16 +10,26 @@ from rich.text import Text
 from eval.completion import Completion, Frame, SamplingSettings, complete
 from eval.record import write_whole
 from eval.tasks import open_run
+from pretrain.hooks.writable import check_writable
 
 STYLES = {"prompt": "dim", "masked": "bright_black", "new": "bold green", "known": ""}
 NUM_TRACE_FRAMES = 6
 
 
 def run_sample(
-    folder: Path, prompt: str, num: int, settings: SamplingSettings, *, length: int | None, trace: bool
+    folder: Path,
+    prompt: str,
+    num: int,
+    settings: SamplingSettings,
+    *,
+    length: int | None,
+    batch_size: int,
+    trace: bool,
 ) -> None:
     """Samples from a run and writes RUN/samples/sample.json."""
     run = open_run(folder)
+    path = folder / "samples" / "sample.json"
+    check_writable(path)
     tokenizer = run.loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{run.loaded.checkpoint} has no tokenizer and can not write text")
@@ -29,6 +39,7 @@ def run_sample(
         [prompt] * num,
         settings,
         length=length or run.config.data.length,
+        batch_size=batch_size,
         record_frames=True,
     )
     console = Console(highlight=False, soft_wrap=True)
@@ -37,7 +48,6 @@ def run_sample(
         if trace:
             _print_trace(console, sample)
         console.print(Text(sample.prompt, style=STYLES["prompt"]) + Text(sample.text))
-    path = folder / "samples" / "sample.json"
     kept = [{"prompt": s.prompt, "text": s.text, "frames": s.frames} for s in samples]
     write_whole(path, json.dumps({"settings": {**asdict(settings), "prompt": prompt}, "samples": kept}))
     print(f"{num} sample(s) with their unmasking: {path}")

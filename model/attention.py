@@ -57,9 +57,13 @@ def prepare(mask: MaskSpec, num_queries: int, num_cached: int, device: torch.dev
 def attend(query_BQHK: Tensor, key_BSGK: Tensor, value_BSGK: Tensor, plan: AttentionPlan) -> Tensor:
     """Softmax attention [B, Q, H, K]; queries that see no key give zeros.
 
-    On the CPU it computes in float32: there the bfloat16 kernel's backward pass is several times slower.
+    On the CPU it computes in float32: there the bfloat16 kernel's backward pass is several times slower. On a GPU a
+    dense mask leaves only kernels that do not share key heads among query heads, so these are repeated.
     """
     device, dtype = query_BQHK.device.type, query_BQHK.dtype
+    groups = query_BQHK.shape[2] // key_BSGK.shape[2]
+    if device != "cpu" and plan.visible is not None:
+        key_BSGK, value_BSGK = (x.repeat_interleave(groups, dim=2) for x in (key_BSGK, value_BSGK))
     compute = torch.float32 if device == "cpu" and dtype == torch.bfloat16 else dtype
     with torch.autocast(device, enabled=False):
         out_BHQK = scaled_dot_product_attention(

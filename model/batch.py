@@ -56,6 +56,10 @@ class Batch:
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which copies to a GPU need no wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         mapped: dict[str, Any] = {k: v if v is None else function(v) for k, v in vars(self).items()}
         return type(self)(**mapped)

@@ -34,7 +34,7 @@ class ScheduleConfig(Settings):
         """What is wrong with these settings, one sentence each."""
         if not 0 <= self.t_min < 1:
             yield f"schedule.t_min={self.t_min} must lie in [0, 1), for example 0.001"
-        if self.power <= 0:
+        if not self.power > 0:
             yield f"schedule.power={self.power} must be positive, for example 2"
         if not 0 < self.beta_min < self.beta_max:
             yield f"schedule.beta_min={self.beta_min} must lie between 0 and beta_max={self.beta_max}"
@@ -44,6 +44,8 @@ class ScheduleConfig(Settings):
 class TransformerConfig(Settings):
     """A DiT (layernorm, gelu, conditioning) or a Qwen2/Llama decoder (rmsnorm, swiglu, grouped queries)."""
 
+    kind: Literal["transformer"] = "transformer"
+    """The denoiser's architecture."""
     dim: int = 256
     """Width of the residual stream, D."""
     num_layers: int = 6
@@ -94,9 +96,10 @@ class TransformerConfig(Settings):
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, one sentence each."""
-        for name in ("dim", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                yield f"backbone.{name}={getattr(self, name)} must be at least 1"
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"backbone.{name}={value} must be at least 1"
                 return
         if self.head_dim is None and self.dim % self.num_heads:
             divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0 and (self.dim // n) % 2 == 0]
@@ -107,6 +110,10 @@ class TransformerConfig(Settings):
         if self.num_heads % self.kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             yield f"backbone.num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}: one of {divisors}"
+        if not self.norm_eps >= 0:
+            yield f"backbone.norm_eps={self.norm_eps} must be 0 or positive, for example 1e-6"
+        if not self.rope_theta > 0:
+            yield f"backbone.rope_theta={self.rope_theta} must be positive, for example 10000"
         if not 0 <= self.dropout < 1:
             yield f"backbone.dropout={self.dropout} must lie in [0, 1)"
         if self.condition_dim < 0:
@@ -143,20 +150,26 @@ class ModelConfig(Settings):
                 f"backbone.condition_dim={self.backbone.condition_dim} has nothing to carry: "
                 "set time_conditioning=true or condition_dim=0"
             )
-        if self.vocab_size and self.mask_id >= self.vocab_size:
+        if self.vocab_size < 0:
+            yield f"vocab_size={self.vocab_size} must be 0 (as many as the tokenizer has) or positive"
+        elif self.vocab_size and self.mask_id >= self.vocab_size:
             yield f"mask_id={self.mask_id} must be below vocab_size={self.vocab_size}"
 
     def with_vocabulary(self, vocab_size: int, mask_id: int) -> "ModelConfig":
         """Fills what was left to the tokenizer.
 
         Raises:
-            ValueError: the tokenizer does not fit a vocabulary that was set.
+            ValueError: the tokenizer does not fit a vocabulary or a mask that was set.
         """
         size = self.vocab_size or vocab_size
-        mask = mask_id if self.mask_id < 0 else self.mask_id
-        if vocab_size > size or mask >= size:
+        if vocab_size > size:
             raise ValueError(
-                f"the tokenizer has {vocab_size} tokens (mask id {mask}) but model.vocab_size={size}: "
-                f"set model.vocab_size to 0 or to at least {max(vocab_size, mask + 1)}"
+                f"the tokenizer has {vocab_size} tokens but model.vocab_size={size}: "
+                f"set model.vocab_size to 0 or to at least {vocab_size}"
             )
-        return replace(self, vocab_size=size, mask_id=mask)
+        if 0 <= self.mask_id != mask_id:
+            raise ValueError(
+                f"the tokenizer's mask id is {mask_id} but model.mask_id={self.mask_id}: "
+                "set model.mask_id=-1 to take the tokenizer's"
+            )
+        return replace(self, vocab_size=size, mask_id=mask_id)

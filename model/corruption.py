@@ -1,14 +1,16 @@
 """The forward process: mask schedules, and the pure function that turns a clean batch into a corrupted one.
 
-Shapes: B sequences, L positions, M masked rows (padded to a multiple of 128).
+Shapes: B sequences, L positions, S segments with a time of their own, M masked rows (padded to a multiple of 128).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .batch import Batch
 from .config import ModelConfig, ScheduleConfig
@@ -70,33 +72,75 @@ class Corruption:
     Args:
         x_t_BL: tokens with the masked ones replaced by the mask id.
         masked_BL: where.
-        t_B: time of each sequence, float64.
-        rows_M: indices into the flattened [B * L] positions, padded with row 0.
+        t_BS: times, float64, of the S segments of each sequence; S = 1 is one time per sequence.
+        rows_M: indices into the flattened [B * L] positions, ascending, padded with row 0.
+        sequence_M: the sequence of each row.
         targets_M: the clean token at each row.
         weight_M: float32 weight of each row's cross-entropy; 0 for padding rows.
+        maskable_B: positions of each sequence that the bound counts.
         num_masked: how many rows are real.
-        num_maskable: how many positions the bound counts.
-        divisor: what the loss's sum is divided by, before the sum over ranks: one of the two counts.
+        normalize_by: which of the two counts divides the summed loss.
         key: the noise key, from which later draws (dropout, latents) also come.
     """
 
     x_t_BL: Tensor
     masked_BL: Tensor
-    t_B: Tensor
+    t_BS: Tensor
     rows_M: Tensor
+    sequence_M: Tensor
     targets_M: Tensor
     weight_M: Tensor
+    maskable_B: Tensor
     num_masked: int
-    num_maskable: int
-    divisor: int
+    normalize_by: Literal["maskable", "masked"]
     key: NoiseKey
 
+    @property
+    def num_maskable(self) -> int:
+        """Positions that the bound counts."""
+        return int(self.maskable_B.sum())
+
+    @property
+    def divisor(self) -> int:
+        """What the summed loss is divided by, once summed over micro-batches and ranks."""
+        return self.num_maskable if self.normalize_by == "maskable" else self.num_masked
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The corruption of the sequences start..stop, as if they alone had been corrupted."""
+        length = self.masked_BL.shape[1]
+        edges = torch.tensor([start * length, stop * length], device=self.rows_M.device)
+        first, last = torch.searchsorted(self.rows_M[: self.num_masked], edges).tolist()
+        rows_M, sequence_M, targets_M, weight_M = _pad(
+            self.rows_M[first:last] - start * length,
+            self.sequence_M[first:last] - start,
+            self.targets_M[first:last],
+            self.weight_M[first:last],
+        )
+        return replace(
+            self,
+            x_t_BL=self.x_t_BL[start:stop],
+            masked_BL=self.masked_BL[start:stop],
+            t_BS=self.t_BS[start:stop],
+            rows_M=rows_M,
+            sequence_M=sequence_M,
+            targets_M=targets_M,
+            weight_M=weight_M,
+            maskable_B=self.maskable_B[start:stop],
+            num_masked=last - first,
+            key=self.key.rows(start, stop),
+        )
+
     def to(self, device: torch.device) -> Self:
-        """The same corruption on another device."""
-        moved: dict[str, Any] = {
-            k: v.to(device) if isinstance(v, Tensor | NoiseKey) else v for k, v in vars(self).items()
-        }
-        return type(self)(**moved)
+        """The same corruption on another device, without waiting for the copies."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same corruption in page-locked memory, from which copies to a GPU need no wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed, key=replace(self.key, index_B=function(self.key.index_B)))
 
 
 def corrupt(batch: Batch, key: NoiseKey, settings: ModelConfig) -> Corruption:
@@ -110,7 +154,7 @@ def corrupt(batch: Batch, key: NoiseKey, settings: ModelConfig) -> Corruption:
     hide_B = 1.0 - schedule.alpha(t_B)
     masked_BL = key.stream("mask").below(hide_B[:, None].expand(batch.tokens_BL.shape)) & batch.maskable_BL
     weight_B = schedule.weight(t_B) if settings.loss_weight == "elbo" else torch.ones_like(t_B)
-    return _gather(batch, key, settings, masked_BL, t_B, weight_B)
+    return _gather(batch, key, settings.mask_id, masked_BL, t_B, weight_B, settings.normalize_by)
 
 
 def corrupt_uniform_count(batch: Batch, key: NoiseKey, settings: ModelConfig) -> Corruption:
@@ -127,36 +171,39 @@ def corrupt_uniform_count(batch: Batch, key: NoiseKey, settings: ModelConfig) ->
     masked_BL = (draws_BL <= last_B[:, None]) & batch.maskable_BL
     t_B = MaskSchedule(settings.schedule).time(1.0 - torch.where(total_B > 0, last_B, 0.5))
     weight_B = total_B.double() / count_B.clamp(min=1)
-    return _gather(batch, key, settings, masked_BL, t_B, weight_B, divisor="maskable")
+    return _gather(batch, key, settings.mask_id, masked_BL, t_B, weight_B, "maskable")
 
 
 def _gather(
     batch: Batch,
     key: NoiseKey,
-    settings: ModelConfig,
+    mask_id: int,
     masked_BL: Tensor,
     t_B: Tensor,
     weight_B: Tensor,
-    divisor: Literal["maskable", "masked"] | None = None,
+    normalize_by: Literal["maskable", "masked"],
 ) -> Corruption:
     rows = masked_BL.flatten().nonzero()[:, 0]
-    num_masked, length = rows.numel(), masked_BL.shape[1]
-    size = max(1, -(-num_masked // ROW_MULTIPLE)) * ROW_MULTIPLE
-    rows_M = rows.new_zeros(size)
-    rows_M[:num_masked] = rows
-    weight_M = torch.zeros(size, device=rows.device)
-    weight_M[:num_masked] = weight_B[rows // length].float()
-    num_maskable = int(batch.maskable_BL.sum())
-    counts = {"maskable": num_maskable, "masked": num_masked}
+    sequence = rows // masked_BL.shape[1]
+    rows_M, sequence_M, targets_M, weight_M = _pad(
+        rows, sequence, batch.tokens_BL.flatten()[rows], weight_B[sequence].float()
+    )
     return Corruption(
-        x_t_BL=batch.tokens_BL.masked_fill(masked_BL, settings.mask_id),
+        x_t_BL=batch.tokens_BL.masked_fill(masked_BL, mask_id),
         masked_BL=masked_BL,
-        t_B=t_B,
+        t_BS=t_B[:, None],
         rows_M=rows_M,
-        targets_M=batch.tokens_BL.flatten()[rows_M],
+        sequence_M=sequence_M,
+        targets_M=targets_M,
         weight_M=weight_M,
-        num_masked=num_masked,
-        num_maskable=num_maskable,
-        divisor=counts[divisor or settings.normalize_by],
+        maskable_B=batch.maskable_BL.sum(1),
+        num_masked=rows.numel(),
+        normalize_by=normalize_by,
         key=key,
     )
+
+
+def _pad(*rows: Tensor) -> list[Tensor]:
+    """Lengthens each with zeros to the next multiple of 128, at least one: the head always runs, in few shapes."""
+    missing = -rows[0].numel() % ROW_MULTIPLE or (ROW_MULTIPLE if rows[0].numel() == 0 else 0)
+    return [F.pad(row, (0, missing)) for row in rows]

@@ -4,6 +4,7 @@ Shapes: B sequences, L positions, D width, V vocabulary, M masked rows.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from .attention import KVCache
 from .batch import Batch
 from .config import ModelConfig
 from .corruption import Corruption
-from .losses import masked_linear_cross_entropy
 from .masks import MaskSpec
+from .noise import Stream
 from .transformer import Transformer
 
 
@@ -37,6 +38,32 @@ class LossTerms:
     loss_B: Tensor
 
 
+class Denoiser(Protocol):
+    """What predicts hidden tokens: a network, and a head that runs only on the rows one needs."""
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        *,
+        t: Tensor | None = None,
+        mask: MaskSpec | None = None,
+        hint: Tensor | None = None,
+        condition: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        dropout: Stream | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, D] of token ids [B, L] or input embeddings [B, L, D]."""
+
+    def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
+        """Logits [M, V]; `rows_M` index the flattened positions, for heads that depend on them."""
+
+    def cross_entropy(
+        self, hidden_MD: Tensor, rows_M: Tensor, targets_M: Tensor, weight_M: Tensor, *, forbidden: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the cross-entropies, differentiable, and each row's own, in nats."""
+
+
 class MaskedDiffusion(nn.Module):
     """A denoiser and its objective (MDLM; Sahoo et al. 2024, VADD Eq. 3)."""
 
@@ -55,21 +82,16 @@ class MaskedDiffusion(nn.Module):
         dropout = corruption.key.stream("dropout") if self.training else None
         hidden_BLD = self.denoiser(
             corruption.x_t_BL,
-            t=corruption.t_B,
+            t=corruption.t_BS,
             mask=MaskSpec(document_BL=batch.document_BL),
             positions=batch.positions_BL,
             dropout=dropout,
         )
         hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, corruption.rows_M)
-        loss, ce_M = masked_linear_cross_entropy(
-            hidden_MD,
-            self.denoiser.head_weight(),
-            corruption.targets_M,
-            corruption.weight_M,
-            forbidden=self.config.mask_id,
+        loss, ce_M = self.denoiser.cross_entropy(
+            hidden_MD, corruption.rows_M, corruption.targets_M, corruption.weight_M, forbidden=self.config.mask_id
         )
-        sequence_M = corruption.rows_M // hidden_BLD.shape[1]
-        loss_B = ce_M.new_zeros(hidden_BLD.shape[0]).index_add_(0, sequence_M, ce_M * corruption.weight_M)
+        loss_B = ce_M.new_zeros(hidden_BLD.shape[0]).index_add_(0, corruption.sequence_M, ce_M * corruption.weight_M)
         return LossTerms(loss=loss, cross_entropy=ce_M[: corruption.num_masked].sum(), loss_B=loss_B)
 
     def denoise(

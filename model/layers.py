@@ -20,7 +20,7 @@ def dropout(x_BLD: Tensor, rate: float, stream: Stream | None) -> Tensor:
     """Zeroes elements with probability `rate`, keyed by sample, so recomputation and resharding repeat the mask."""
     if stream is None or rate == 0.0:
         return x_BLD
-    keep = stream.below(torch.full(x_BLD.shape, 1.0 - rate, device=x_BLD.device))
+    keep = stream.bernoulli(1.0 - rate, *x_BLD.shape[1:])
     return torch.where(keep, x_BLD / (1.0 - rate), 0.0)
 
 

@@ -6,6 +6,7 @@ scales the gradients that the forward pass has already summed.
 Shapes: M rows, D width, V vocabulary (the local part of it under a vocab-parallel group), R rows of a chunk.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 96 * 2**20
 
 
+@dataclass(frozen=True)
+class VocabularySlice:
+    """The part of the vocabulary that this rank's head holds.
+
+    Args:
+        group: the ranks that share the vocabulary.
+        first: global id of the slice's first token.
+        total: size of the whole vocabulary.
+    """
+
+    group: dist.ProcessGroup
+    first: int
+    total: int
+
+
 def masked_linear_cross_entropy(
     hidden_MD: Tensor,
     head_VD: Tensor,
@@ -23,18 +39,18 @@ def masked_linear_cross_entropy(
     weight_M: Tensor,
     *,
     forbidden: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    part: VocabularySlice | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies (a differentiable scalar, float32) and each row's own [M] (detached, nats).
 
     Args:
         hidden_MD: hidden states of the rows, any float dtype.
-        head_VD: the head's matrix in the same dtype; under `group`, this rank's contiguous slice of the vocabulary.
+        head_VD: the head's matrix in the same dtype, or this rank's contiguous slice of it.
         targets_M: global token ids.
         weight_M: weights; rows of weight 0 are padding: their cross-entropy is returned as 0.
         forbidden: global id that can not be predicted (the mask), its logit taken as minus infinity.
-        group: vocab-parallel process group, ranks ordered by vocabulary slice.
+        part: where that slice lies, when the vocabulary is split over ranks.
         chunk_bytes: size of the largest temporary.
     """
     device = hidden_MD.device.type
@@ -42,22 +58,23 @@ def masked_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden_MD, head_VD = hidden_MD.to(dtype), head_VD.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _MaskedLinearCrossEntropy.apply(hidden_MD, head_VD, targets_M, weight_M, forbidden, group, chunk_bytes)
+        return _MaskedLinearCrossEntropy.apply(hidden_MD, head_VD, targets_M, weight_M, forbidden, part, chunk_bytes)
 
 
 class _MaskedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, hidden_MD, head_VD, targets_M, weight_M, forbidden, group, chunk_bytes
+        ctx: Any, hidden_MD, head_VD, targets_M, weight_M, forbidden, part, chunk_bytes
     ):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         wide = torch.promote_types(torch.float32, hidden_MD.dtype)
         num_local = head_VD.shape[0]
-        first = num_local * (dist.get_rank(group) if group is not None else 0)
+        group, first, total = (None, 0, num_local) if part is None else (part.group, part.first, part.total)
         grad_hidden_MD = torch.empty_like(hidden_MD) if need_hidden else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=wide) if need_head else None
         ce_M = torch.empty_like(weight_M, dtype=wide)
-        rows = max(1, chunk_bytes // (num_local * wide.itemsize))
+        largest_slice = -(-total // (1 if group is None else group.size()))
+        rows = max(1, chunk_bytes // (largest_slice * wide.itemsize))  # the same on every rank
         for start in range(0, hidden_MD.shape[0], rows):
             chunk = slice(start, start + rows)
             hidden_RD, weight_R = hidden_MD[chunk], weight_M[chunk].to(wide)

@@ -75,6 +75,10 @@ class Stream:
         threshold = (probability.double() * 2.0**32).round().to(torch.int64)
         return _shift_right(self.bits(*probability.shape[1:]), 32) < threshold
 
+    def bernoulli(self, probability: float, *shape: int) -> Tensor:
+        """Draws of shape [B, *shape] that are True with one probability, compared as 32-bit integers."""
+        return _shift_right(self.bits(*shape), 32) < round(probability * 2.0**32)
+
     def gumbel(self, *shape: int) -> Tensor:
         """Standard Gumbel draws in float64 (float32 would truncate the tail)."""
         return -torch.log(-torch.log(self.uniform(*shape)))
@@ -114,10 +118,6 @@ class NoiseKey:
     def rows(self, start: int, stop: int) -> "NoiseKey":
         """The key of the sequences start..stop of this batch."""
         return NoiseKey(self.seed, self.step, self.index_B[start:stop])
-
-    def to(self, device: torch.device) -> "NoiseKey":
-        """The same key on another device."""
-        return NoiseKey(self.seed, self.step, self.index_B.to(device, non_blocking=True))
 
 
 def normal_at(key: int, index: Tensor) -> Tensor:

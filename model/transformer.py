@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import KVCache, prepare
 from .config import TransformerConfig
 from .layers import Block, TimeEmbedding, make_norm, modulate
+from .losses import VocabularySlice, masked_linear_cross_entropy
 from .masks import MaskSpec
 from .noise import Stream
 from .rope import rotary_tables
@@ -25,6 +26,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_blocks = False
+        self.vocabulary: VocabularySlice | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.time = TimeEmbedding(config.condition_dim) if time_conditioning else None
         conditioned = config.condition_dim > 0
@@ -74,7 +76,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             run = partial(block, cache=cache, stream=dropout)
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_BLD = checkpoint(run, x_BLD, rotary, plan, modulation, use_reentrant=False)
+                x_BLD = checkpoint(run, x_BLD, rotary, plan, modulation, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BLD = run(x_BLD, rotary, plan, modulation)
         return self._final_norm(x_BLD, condition_BSC)
@@ -86,6 +88,14 @@ class Transformer(nn.Module):
     def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
         """The head, on the rows you need: [M, V]. A transformer's head does not depend on which rows they are."""
         return F.linear(hidden_MD, self.head_weight())
+
+    def cross_entropy(
+        self, hidden_MD: Tensor, rows_M: Tensor, targets_M: Tensor, weight_M: Tensor, *, forbidden: int
+    ) -> tuple[Tensor, Tensor]:
+        """Head and loss in one, without their logits; see masked_linear_cross_entropy."""
+        return masked_linear_cross_entropy(
+            hidden_MD, self.head_weight(), targets_M, weight_M, forbidden=forbidden, part=self.vocabulary
+        )
 
     def _condition(self, t: Tensor | None, condition: Tensor | None) -> Tensor | None:
         if self.config.condition_dim == 0:

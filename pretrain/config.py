@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,14 @@ class ToyFunctionsData(Settings):
     """Seed of the generator."""
     num_workers: int = 1
     """Prefetching processes per rank; 0 loads in the training process."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, one sentence each."""
+        for name, least in (("num_trees", 2), ("variants", 1), ("vocab_size", 259)):
+            if getattr(self, name) < least:
+                yield f"data.{name}={getattr(self, name)} must be at least {least}"
+        if self.num_trees > 1 and not 1 <= self.num_held_out < self.num_trees:
+            yield f"data.num_held_out={self.num_held_out} must lie between 1 and data.num_trees - 1 = {self.num_trees - 1}"
 
 
 DataConfig = Annotated[ShardData | ToyFunctionsData, Field(discriminator="kind")]
@@ -178,7 +186,11 @@ class RunConfig(Settings):
 
     def problems(self) -> Iterator[str]:
         """What is wrong across settings, one sentence each."""
+        if self.name in ("", ".", "..") or set(self.name) & {"/", "\\"}:
+            yield f"name={self.name!r} must be the name of a folder, without separators: set folder=... for another place"
         yield from (f"model.{problem}" for problem in self.model.problems())
+        if isinstance(self.data, ToyFunctionsData):
+            yield from self.data.problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -211,7 +223,7 @@ class RunConfig(Settings):
             ("validation.every", self.validation.every, 0),
             ("data.num_workers", self.data.num_workers, 0),
         ):
-            if value < least:
+            if not value >= least:
                 yield f"{name}={value} must be at least {least}"
 
 
@@ -262,11 +274,6 @@ def known_keys(settings: type = RunConfig, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{f.name}"
 
 
-def defaults_of(settings: type) -> dict[str, Any]:
-    """Default of each field that has a plain one."""
-    return {f.name: f.default for f in fields(settings) if f.default is not MISSING}
-
-
 def _dataclasses_of(annotation: Any) -> list[type]:
     if is_dataclass(annotation):
         return [annotation]  # type: ignore[list-item]
@@ -302,9 +309,20 @@ def _explain(error: Any) -> str:
     keys = list(dict.fromkeys(known_keys()))
     if key in keys:
         return f"{key} is not a setting of data.kind={next(part for part in error['loc'] if part in kinds)}"
-    same_leaf = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
-    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-    return f"{key} is not a setting: did you mean {(same_leaf or nearest)[0]}?"
+    groups = {k.rpartition(".")[0] for k in keys}
+    alike = [k for k in keys if (k in groups) == isinstance(error["input"], Mapping)]
+    return f"{key} is not a setting: did you mean {_nearest(key, alike)}?"
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    """The key whose last part is the same, is much like it (of the same parent first), or is least unlike it."""
+    parent, _, leaf = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    for candidates, cutoff in ((keys, 1.0), (siblings, 0.6), (keys, 0.6), (siblings, 0.0), (keys, 0.0)):
+        by_leaf = {k.rpartition(".")[2]: k for k in reversed(candidates)}
+        if found := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff):
+            return by_leaf[found[0]]
+    return keys[0]
 
 
 def _join(problems: list[str]) -> str:

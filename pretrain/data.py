@@ -11,6 +11,7 @@ from .config import DataConfig, PrepareConfig, ShardData, ToyFunctionsData
 from .parallel.mesh import DataAxis
 
 if TYPE_CHECKING:
+    from data_pipeline.manifest import Manifest
     from data_pipeline.toy_functions import ToyCorpus
 
 
@@ -39,10 +40,24 @@ def _open_shards(config: ShardData, axis: DataAxis) -> Data:
             _prepare(config.prepare, folder)
         axis.barrier()
     manifest = Manifest.load(folder)
+    if config.prepare is not None:
+        _refuse_other_data(config.prepare, manifest, folder)
     tokenizer = open_tokenizer(folder)
     has_validation = manifest.splits["validation"].num_documents > 0
     validation = ShardSource(folder, "validation", config.length, pack=config.pack) if has_validation else None
     return Data(ShardSource(folder, "train", config.length, pack=config.pack), validation, tokenizer)
+
+
+def _refuse_other_data(wanted: PrepareConfig, found: "Manifest", folder: Path) -> None:
+    there = PrepareConfig(
+        source=found.source, tokenizer=found.tokenizer.spec, validation_fraction=found.validation_fraction
+    )
+    if there != wanted:
+        raise ValueError(
+            f"{folder} was made from {there.source} ({there.tokenizer}, {there.validation_fraction} held out), "
+            f"not from {wanted.source} ({wanted.tokenizer}, {wanted.validation_fraction} held out): "
+            "set data.prepare=null to use it as it is, or give data.path another name"
+        )
 
 
 def _prepare(config: PrepareConfig, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Everything a resume needs that is not a tensor: a few integers."""
+"""Everything a resume needs that is not a tensor."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -13,12 +13,14 @@ class TrainState:
         tokens: input tokens seen.
         skipped: steps whose update was not taken.
         resumes: how often the run was continued from a checkpoint.
+        identity: what noise and data order depend on besides the step (seed, batch, row length, data, tokenizer).
     """
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
     resumes: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

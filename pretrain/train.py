@@ -12,9 +12,11 @@ from .refusal import run_or_refuse
 
 
 def resolve(recipe: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of a recipe's name, or of a config.yaml, with overrides."""
+    """The configuration of a recipe's name, of a config.yaml, or of a run folder that holds one, with overrides."""
     if recipe.endswith((".yaml", ".yml")):
         return load_config(Path(recipe), overrides)
+    if (Path(recipe) / "config.yaml").is_file():
+        return load_config(Path(recipe) / "config.yaml", overrides)
     from .recipes import build
 
     return build(recipe, overrides)

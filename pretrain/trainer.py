@@ -30,15 +30,10 @@ from .schedules import learning_rate, step_schedule
 from .state import TrainState
 
 
-def make_micros(step: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int, micro_rows: int) -> list[Micro]:
-    """A rank's rows of one step as corrupted micro-batches; runs in a loader's worker."""
+def corrupt_step(step: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int) -> Micro:
+    """A rank's rows of one step, corrupted; runs ahead of the loop in a loader's worker."""
     batch = Batch.of(rows)
-    micros = []
-    for start in range(0, batch.num_sequences, micro_rows):
-        part = batch.rows(start, start + micro_rows)
-        corruption = corrupt(part, NoiseKey(seed, step, part.index_B), model)
-        micros.append(Micro(part, corruption, step_schedule(step)))
-    return micros
+    return Micro(batch, corrupt(batch, NoiseKey(seed, step, batch.index_B), model), step_schedule(step))
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.axis = self.engine.data_axis
-        self.state = TrainState()
+        self.state = TrainState(identity=run_identity(self.config, self.data))
         self.window = Window()
         self.rows_per_rank = _divide(self.config, self.axis.size)
         micro_tokens = self.config.train.micro_batch_tokens
@@ -106,13 +101,13 @@ class Trainer:
         folder = self.config.path / CHECKPOINTS
         checkpoint = self.axis.from_first(lambda: newest_good(folder))
         if checkpoint is not None:
-            self.state = resume(checkpoint, self.engine, self.model)
+            self.state = resume(checkpoint, self.engine, self.model, self.state.identity)
             self.state.resumes += self.state.step < self.config.train.steps
         for hook in self.hooks:
             hook.on_start(self.state, resumed=checkpoint is not None)
         self.window = Window()
-        for micros in self._batches():
-            self._step(micros)
+        for share in self._batches():
+            self._step(share)
             if self._due(self.config.log.every):
                 self._log()
             with self.window.paused():
@@ -124,9 +119,7 @@ class Trainer:
             hook.on_finish(self.state)
         return self.state
 
-    def _batches(self) -> Iterator[list[Micro]]:
-        train = self.config.train
-        transform = partial(make_micros, model=self.model, seed=self.config.seed, micro_rows=self.micro_rows)
+    def _batches(self) -> Iterator[Micro]:
         return iter(
             Loader(
                 self.data.train,
@@ -135,18 +128,20 @@ class Trainer:
                 rank=self.axis.rank,
                 size=self.axis.size,
                 first_step=self.state.step,
-                num_steps=train.steps,
+                num_steps=self.config.train.steps,
                 num_workers=self.config.data.num_workers,
-                transform=transform,
+                transform=partial(corrupt_step, model=self.model, seed=self.config.seed),
+                pin_memory=self.axis.device.type == "cuda",
             )
         )
 
-    def _step(self, micros: list[Micro]) -> None:
+    def _step(self, share: Micro) -> None:
         """One optimizer step; nothing here waits for the device."""
         config, step = self.config, self.state.step
-        masked = sum(m.corruption.num_masked for m in micros)
-        divisor, all_masked = self.axis.all_reduce([sum(m.corruption.divisor for m in micros), masked])
+        masked = share.corruption.num_masked
+        divisor, all_masked = self.axis.all_reduce([share.corruption.divisor, masked])
         scale = 1.0 / max(1.0, divisor)
+        micros = share.split(self.micro_rows)
         terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
         norm = self.engine.reduce_and_clip(config.train.clip_norm)
         take = torch.isfinite(norm).float()
@@ -237,6 +232,17 @@ def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: Run
             if index_B.numel():
                 sums.add(terms.loss_B, batch.maskable_BL.sum(1))
     return BoundSums(*axis.all_reduce(sums.as_list())).estimate()
+
+
+def run_identity(config: RunConfig, data: Data) -> dict[str, object]:
+    """What decides noise and data order besides the step; a checkpoint continues only a run that shares it."""
+    return {
+        "seed": config.seed,
+        "train.batch_tokens": config.train.batch_tokens,
+        "data.length": config.data.length,
+        "data.rows": len(data.train),
+        "data.tokenizer": data.tokenizer.sha256(),
+    }
 
 
 def averaging_decay(decay: float, step: int) -> float:

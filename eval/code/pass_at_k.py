@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
-from eval.code.sandbox import Limits, Outcome, run_many
+from eval.code.sandbox import Limits, Outcome, require_sandbox, run_many
 from eval.code.tasks import Task
 
 
@@ -14,10 +14,6 @@ class CodeScore:
 
     pass_at_k: dict[int, float]
     outcomes: dict[str, list[Outcome]]
-
-    def table(self) -> list[tuple[str, int, int]]:
-        """Rows of task, number of completions, number of those that passed."""
-        return [(task_id, len(outcomes), _num_passed(outcomes)) for task_id, outcomes in self.outcomes.items()]
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -52,14 +48,22 @@ def evaluate(
     """Runs every completion of every task, in a process of its own, and scores them.
 
     `completions` maps a task_id to what follows its prompt. Raises ValueError for a task without completions
-    or with fewer than the largest k.
+    or with fewer than the largest k, and where programs can not be run.
     """
     needed = max((1, *ks))
     for task in tasks:
         if len(completions.get(task.task_id, ())) < needed:
             raise ValueError(f"task {task.task_id!r} needs at least {needed} completions for pass@{needed}")
+    require_sandbox(limits)
     programs = [task.program(completion) for task in tasks for completion in completions[task.task_id]]
-    remaining = iter(run_many(programs, limits=limits, workers=workers))
+    found = run_many(programs, limits=limits, workers=workers)
+    unavailable = [outcome for outcome in found if outcome.status == "unavailable"]
+    if unavailable:
+        raise ValueError(
+            f"{len(unavailable)} of {len(found)} programs were not run ({unavailable[0].message}): "
+            "evaluate again when the machine has processes and memory to spare"
+        )
+    remaining = iter(found)
     outcomes = {task.task_id: [next(remaining) for _ in completions[task.task_id]] for task in tasks}
     return CodeScore(pass_at_k=score(outcomes, ks), outcomes=outcomes)
 

@@ -28,7 +28,7 @@ from typing import Literal
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_SECONDS = 10.0
 
-Status = Literal["passed", "failed", "timed_out", "out_of_memory", "crashed"]
+Status = Literal["passed", "failed", "timed_out", "out_of_memory", "crashed", "unavailable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a program ended; `passed` only if it ran to its end. `output` is the start of what it printed."""
+    """How a program ended; `passed` only if it ran to its end. `output` is the start of what it printed.
+
+    `unavailable`: it was not run, because its limits could not be set up.
+    """
 
     status: Status
     message: str = ""
@@ -84,6 +87,21 @@ def run_program(program: str, *, limits: Limits) -> Outcome:
         return Outcome(**json.loads(reply))
     except ValueError:
         return Outcome(status="crashed", message="the sandbox itself was ended")
+
+
+def require_sandbox(limits: Limits) -> None:
+    """Runs an empty program, so that a machine without a sandbox is not taken for programs that fail.
+
+    Raises:
+        ValueError: the empty program did not pass.
+    """
+    outcome = run_program("pass", limits=limits)
+    if outcome.status != "passed":
+        raise ValueError(
+            f"programs can not be run here (an empty one ended as {outcome.status}: {outcome.message}): "
+            "raise --seconds if the time is too short, else use a Linux machine or container whose kernel has pidfd_open "
+            "and that lets a process lower its own limits"
+        )
 
 
 def run_many(programs: Sequence[str], *, limits: Limits, workers: int) -> list[Outcome]:

@@ -2,7 +2,8 @@
 
 It reads a JSON request {program, seconds, memory_bytes, processes, file_bytes, open_files, paths} on standard
 input and writes {status, message, output} on standard output. The program runs in a forked child; the verdict
-comes through a pipe and must carry a nonce, so a program that just exits or prints has not passed.
+comes through a pipe and must carry a nonce, so a program that just exits or prints has not passed, nor does a
+forged verdict say that there is no sandbox.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def _become_program(
         os.close(null)
         os.close(output_write)
     except BaseException as error:
-        _report(verdict_write, "failed", f"the sandbox could not be set up: {error!r}")
+        _report(verdict_write, "unavailable", os.read(nonce_read, 64).decode() + repr(error))
     sys.path += request["paths"]
     program, spare = request.pop("program"), [bytearray(1 << 20)]
     try:
@@ -196,6 +197,8 @@ def _judge(verdict: bytes, nonce: str, ended: bool, exit_status: int) -> tuple[s
         return "crashed", f"exited with status {os.WEXITSTATUS(exit_status)} before the checks were done"
     if status == "passed":
         return ("passed", "") if message == nonce else ("failed", "a verdict without the nonce")
+    if status == "unavailable" and str(message).startswith(nonce):
+        return "unavailable", f"the sandbox could not be set up: {message.removeprefix(nonce)}"
     return ("out_of_memory" if status == "out_of_memory" else "failed"), str(message)
 
 

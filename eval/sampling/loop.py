@@ -1,6 +1,6 @@
 """The one sampling loop: predict, choose tokens, choose how many and which positions, reveal.
 
-Shapes: B sequences, L positions, M masked rows, V vocabulary, D width.
+Shapes: B sequences, L positions, M masked rows, R rows of a chunk, V vocabulary, D width.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,9 @@ from .amount import Amount, Even
 from .choice import TokenChoice
 from .order import OrderName, scores
 from .state import SamplerState
+
+CHUNK_ELEMENTS = 1 << 23
+"""Most logits at once, R x V; a draw holds several float64 tensors of that size."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,27 @@ def _advance(model: MaskedDiffusion, state: SamplerState, policies: Policies, st
     t_B = torch.full((num_rows,), 1.0 - state.step / steps, dtype=torch.float64, device=masked_BL.device)
     hidden_BLD = model.denoise(state.tokens_BL, t=t_B)
     rows_M = masked_BL.flatten().nonzero()[:, 0]
-    log_probs_MV = model.logits(hidden_BLD.flatten(0, 1)[rows_M], rows_M).log_softmax(1)
     draws_M = key.stream("token").bits(length).flatten()[rows_M]
-    chosen_M = policies.choice(log_probs_MV, Stream(draws_M))
     random_M = key.stream("order").uniform(length).flatten()[rows_M]
-    score_M = scores(policies.order, log_probs_MV, chosen_M, random_M)
+    chosen_M, score_M = _choose(model, policies, hidden_BLD.flatten(0, 1), rows_M, draws_M, random_M)
     count_B = policies.amount(masked_BL, state.step, steps, key)
     revealed_BL = _top(score_M, rows_M, masked_BL, count_B)
     tokens_BL = state.tokens_BL.flatten().index_copy(0, rows_M, chosen_M).view_as(masked_BL)
     return state.reveal(revealed_BL, tokens_BL)
+
+
+def _choose(
+    model: MaskedDiffusion, policies: Policies, hidden_D: Tensor, rows_M: Tensor, draws_M: Tensor, random_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A token and a score for each masked row, a chunk of rows at a time; `hidden_D` has all B x L rows."""
+    size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    chosen, scored = [], []
+    for rows_R, draws_R, random_R in zip(rows_M.split(size), draws_M.split(size), random_M.split(size), strict=True):
+        log_probs_RV = model.logits(hidden_D[rows_R], rows_R).log_softmax(1)
+        chosen_R = policies.choice(log_probs_RV, Stream(draws_R))
+        chosen.append(chosen_R)
+        scored.append(scores(policies.order, log_probs_RV, chosen_R, random_R))
+    return torch.cat(chosen), torch.cat(scored)
 
 
 def _top(score_M: Tensor, rows_M: Tensor, masked_BL: Tensor, count_B: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Finding the newest good checkpoint, resuming an engine from it, and loading a model for evaluation."""
 
-import json
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,14 +32,19 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
-def resume(checkpoint: Path, engine: Engine, model: ModelConfig) -> TrainState:
+def resume(checkpoint: Path, engine: Engine, model: ModelConfig, identity: Mapping[str, object]) -> TrainState:
     """Loads a checkpoint into an engine, at any world size, and returns where the run stood.
 
+    Args:
+        identity: what noise and data order depend on; see TrainState.
+
     Raises:
-        ValueError: the checkpoint holds another model.
+        ValueError: the checkpoint holds another model, or comes from a run on other data or with another seed.
     """
-    _refuse_other_model(checkpoint, model)
-    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    there, here = asdict(read_model_config(checkpoint)), asdict(model)
+    _refuse_difference(checkpoint, "another model", _flat(there, "model."), _flat(here, "model."))
+    state = read_state(checkpoint)
+    _refuse_difference(checkpoint, "another run", state.identity, identity)
     tensors = engine.state_dict()
     saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
     if "ema" in tensors and not any(key.startswith("ema.") for key in saved):
@@ -60,12 +65,18 @@ class Loaded:
     state: TrainState
     checkpoint: Path
 
+    @property
+    def length(self) -> int:
+        """Positions per row in training."""
+        return int(self.state.identity["data.length"])
 
-def load_for_evaluation(run: Path, *, averaged: bool = True) -> Loaded:
-    """The model of a run folder (its newest good checkpoint) or of one checkpoint folder, on the CPU, in float32.
+
+def load_for_evaluation(run: Path, *, averaged: bool = True, device: torch.device | None = None) -> Loaded:
+    """The model of a run folder (its newest good checkpoint) or of one checkpoint folder, in float32.
 
     Args:
         averaged: use the averaged weights where the run keeps them.
+        device: where to compute; default: the GPU where there is one, else the CPU.
 
     Raises:
         ValueError: nothing usable there.
@@ -74,7 +85,7 @@ def load_for_evaluation(run: Path, *, averaged: bool = True) -> Loaded:
     config = read_model_config(checkpoint)
     with torch.device("meta"):
         model = MaskedDiffusion(config)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
     group = "ema" if averaged and any(key.startswith("ema.") for key in saved) else "model"
     with warnings.catch_warnings():
@@ -82,8 +93,7 @@ def load_for_evaluation(run: Path, *, averaged: bool = True) -> Loaded:
         weights = {name: p.detach() for name, p in model.named_parameters()}
         dcp.load({group: weights}, checkpoint_id=checkpoint / "tensors", no_dist=True)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer") if (checkpoint / "tokenizer").exists() else None
-    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
-    return Loaded(model.eval(), tokenizer, state, checkpoint)
+    return Loaded(model.eval(), tokenizer, read_state(checkpoint), checkpoint)
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
@@ -91,7 +101,9 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     try:
         return TypeAdapter(ModelConfig).validate_json((checkpoint / "model.json").read_text())
     except (OSError, ValidationError) as error:
-        raise ValueError(f"{checkpoint}/model.json does not describe a model of this version ({error})") from None
+        raise ValueError(
+            f"{checkpoint}/model.json does not describe a model of this version ({_one_line(error)})"
+        ) from None
 
 
 def _locate(run: Path) -> Path:
@@ -109,15 +121,26 @@ def _locate(run: Path) -> Path:
     return found
 
 
-def _refuse_other_model(checkpoint: Path, model: ModelConfig) -> None:
-    there, here = _flat(asdict(read_model_config(checkpoint))), _flat(asdict(model))
+def read_state(checkpoint: Path) -> TrainState:
+    """Where the run stood."""
+    try:
+        return TypeAdapter(TrainState).validate_json((checkpoint / "state.json").read_text())
+    except (OSError, ValidationError) as error:
+        raise ValueError(f"{checkpoint}/state.json is not of this version ({_one_line(error)})") from None
+
+
+def _refuse_difference(checkpoint: Path, whose: str, there: Mapping[str, object], here: Mapping[str, object]) -> None:
     differing = [key for key in here if there.get(key) != here[key]]
     if differing:
-        listed = "; ".join(f"model.{key} is {there.get(key)} there and {here[key]} here" for key in differing)
+        listed = "; ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing)
         raise ValueError(
-            f"{checkpoint} is a checkpoint of another model ({listed}): restore these settings, or train in another "
-            "folder with folder=..."
+            f"{checkpoint} is a checkpoint of {whose} ({listed}): restore these settings, or train in another folder "
+            "with folder=..."
         )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:

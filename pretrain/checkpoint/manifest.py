@@ -5,10 +5,19 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileSeal:
+    """Bytes and hexadecimal sha256 of a file."""
+
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -18,14 +27,14 @@ class Manifest:
     Args:
         format: version of the layout.
         step: optimizer steps finished.
-        files: relative path -> {"size": bytes, "sha256": hex}.
+        files: by relative path.
         versions: of python and torch.
         world_size: ranks that wrote it.
     """
 
     format: int
     step: int
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileSeal]
     versions: dict[str, str]
     world_size: int
 
@@ -41,11 +50,17 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: there is none, or it can not be read.
     """
     try:
-        return Manifest(**json.loads((folder / MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        manifest = TypeAdapter(Manifest).validate_json((folder / MANIFEST).read_text())
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder} is not a sealed checkpoint ({error}): pass a run folder or one of its step-N folders"
+            f"{folder} is not a sealed checkpoint ({reason}): pass a run folder or one of its step-N folders"
         ) from None
+    if manifest.format != FORMAT:
+        raise ValueError(
+            f"{folder} has checkpoint format {manifest.format}, this code reads {FORMAT}: use the code that wrote it"
+        )
+    return manifest
 
 
 def damage(folder: Path) -> str | None:
@@ -58,9 +73,9 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if sha256_of(path) != expected["sha256"]:
+        if path.stat().st_size != expected.size:
+            return f"{path} has {path.stat().st_size} bytes instead of {expected.size}"
+        if sha256_of(path) != expected.sha256:
             return f"{path} does not have its sha256"
     return None
 

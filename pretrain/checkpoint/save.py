@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from ..engines.base import Tensors
 from ..parallel.mesh import DataAxis
 from ..state import TrainState
-from .manifest import FORMAT, Manifest, sha256_of, sync_folder, write_synced
+from .manifest import FORMAT, FileSeal, Manifest, sha256_of, sync_folder, write_synced
 
 
 def checkpoint_name(step: int) -> str:
@@ -74,7 +74,7 @@ def _start(partial: Path) -> None:
 
 def _seal(partial: Path, final: Path, step: int, world_size: int) -> None:
     files = {
-        str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        str(path.relative_to(partial)): FileSeal(path.stat().st_size, sha256_of(path))
         for path in sorted(partial.rglob("*"))
         if path.is_file()
     }

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from model.batch import Batch
@@ -19,11 +20,26 @@ Tensors = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch, ready for the model."""
+    """A corrupted batch, ready for the model: a rank's share of a step, or a part of it that fits in memory."""
 
     batch: Batch
     corruption: Corruption
     step: StepSchedule
+
+    def split(self, num_rows: int) -> "list[Micro]":
+        """Parts of at most `num_rows` sequences, as if each had been corrupted alone."""
+        starts = range(0, self.batch.num_sequences, num_rows)
+        return [
+            Micro(self.batch.rows(n, n + num_rows), self.corruption.rows(n, n + num_rows), self.step) for n in starts
+        ]
+
+    def to(self, device: torch.device) -> "Micro":
+        """The same on another device, without waiting for the copies."""
+        return Micro(self.batch.to(device), self.corruption.to(device), self.step)
+
+    def pin_memory(self) -> "Micro":
+        """The same in page-locked memory."""
+        return Micro(self.batch.pin_memory(), self.corruption.pin_memory(), self.step)
 
 
 class Engine(Protocol):

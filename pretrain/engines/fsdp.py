@@ -70,10 +70,11 @@ class FsdpEngine:
     def reduce_and_clip(self, max_norm: float) -> Tensor:
         """See Engine."""
         gradients = [_local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        gradients = [g for g in gradients if g.numel()]
-        square = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum()
-        if self.data_axis.mesh is not None:
-            dist.all_reduce(square, group=self.data_axis.mesh.get_group())
+        square = torch.zeros((), device=self.data_axis.device)
+        if held := [g for g in gradients if g.numel()]:
+            square = torch.stack(torch._foreach_norm(held)).square().sum()
+        if self.data_axis.size > 1:
+            dist.all_reduce(square, group=self.data_axis.group)
         norm = square.sqrt()
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -113,8 +114,8 @@ class FsdpEngine:
             state["step"].fill_(num_updates)
 
     def _forward(self, micro: Micro) -> LossTerms:
-        device = self.data_axis.device
-        terms: LossTerms = self.model(micro.batch.to(device), micro.corruption.to(device), step=micro.step)
+        micro = micro.to(self.data_axis.device)
+        terms: LossTerms = self.model(micro.batch, micro.corruption, step=micro.step)
         return terms
 
     def _precision(self) -> AbstractContextManager[None]:

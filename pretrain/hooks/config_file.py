@@ -4,17 +4,22 @@ from ..checkpoint.manifest import write_synced
 from ..config import RunConfig, dump_config
 from ..state import TrainState
 from .base import Hook
+from .writable import check_writable
 
 
 class ConfigFile(Hook):
-    """Writes RUN/config.yaml."""
+    """Writes RUN/config.yaml.
+
+    Raises:
+        ValueError: the file can not be written.
+    """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        self.config, self.path = config, config.path / "config.yaml"
+        check_writable(self.path)
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """Replaces the file in one move."""
-        path = self.config.path / "config.yaml"
-        partial = path.with_suffix(".tmp")
+        partial = self.path.with_suffix(".tmp")
         write_synced(partial, dump_config(self.config))
-        partial.replace(path)
+        partial.replace(self.path)

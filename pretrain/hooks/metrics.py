@@ -10,6 +10,7 @@ from model.bounds import Bound
 
 from ..state import TrainState
 from .base import Hook, StepRecord
+from .writable import check_writable
 
 
 class MetricsFile(Hook):
@@ -18,9 +19,13 @@ class MetricsFile(Hook):
     Args:
         path: the file.
         about: facts written with the start event: versions, machine, number of parameters.
+
+    Raises:
+        ValueError: the file can not be written.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        check_writable(path)
         self.path, self.about = path, about
         self.started = time.monotonic()
 

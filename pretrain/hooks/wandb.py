@@ -1,34 +1,41 @@
 """Weights & Biases, where a project is configured; WANDB_MODE=offline keeps it on this machine."""
 
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from model.bounds import Bound
 
+from ..checkpoint.manifest import write_synced
 from ..config import RunConfig
 from ..state import TrainState
 from .base import Hook, StepRecord
 
 
 class WandbRun(Hook):
-    """Logs the train and validation lines to one W&B run, continued after a resume."""
+    """Logs the train and validation lines to one W&B run, continued after a resume.
 
-    def __init__(self, config: RunConfig, settings: dict[str, Any]) -> None:
-        self.config, self.settings = config, settings
+    Args:
+        config: the run's configuration, sent whole.
+        about: facts sent with it: the number of parameters.
+    """
+
+    def __init__(self, config: RunConfig, about: dict[str, Any]) -> None:
+        self.config, self.about = config, about
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
-        """Opens the run; its id is the folder's name, so a resume continues it."""
+        """Opens the run under the id kept in its folder, so that a resume continues it."""
         import wandb
 
         folder: Path = self.config.path
         self.run = wandb.init(
             project=self.config.log.wandb_project,
             name=self.config.name,
-            id=folder.name,
+            id=_kept_id(folder / "wandb_id"),
             dir=folder,
             resume="allow",
-            config=self.settings,
+            config={**asdict(self.config), **self.about},
         )
 
     def on_log(self, record: StepRecord) -> None:
@@ -43,3 +50,12 @@ class WandbRun(Hook):
     def on_finish(self, state: TrainState) -> None:
         """Closes the run."""
         self.run.finish()
+
+
+def _kept_id(path: Path) -> str:
+    """The id in a file, which is drawn and written once: two runs of one name are two runs at W&B."""
+    if not path.is_file():
+        partial = path.with_name(f"{path.name}.tmp")
+        write_synced(partial, secrets.token_hex(8))
+        partial.replace(path)
+    return path.read_text().strip()

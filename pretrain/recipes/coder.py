@@ -1,11 +1,11 @@
-"""Diffusion coders in the shapes of Qwen2.5-Coder: sizes to build, plan and adapt."""
+"""Diffusion coders in the shapes of Qwen2.5-Coder: sizes to build, plan and adapt.
+
+Their embedding tables have spare rows after the tokenizer's own tokens; the mask takes the first of them.
+"""
 
 from model.config import ModelConfig, TransformerConfig
 
 from ..config import CheckpointConfig, OptimConfig, RunConfig, ShardData, TrainConfig, ValidationConfig
-
-QWEN_MASK_ID = 151_666
-"""A spare row after Qwen2.5's special tokens."""
 
 
 def coder_0_5b() -> RunConfig:
@@ -76,7 +76,7 @@ def _coder(
     return RunConfig(
         name=name,
         data=ShardData(path="data/code", length=4096, num_workers=2),
-        model=ModelConfig(backbone=backbone, vocab_size=vocab_size, mask_id=QWEN_MASK_ID),
+        model=ModelConfig(backbone=backbone, vocab_size=vocab_size),
         optim=OptimConfig(lr=1e-5, schedule="constant", warmup_steps=2000),
         train=TrainConfig(
             steps=31_000, batch_tokens=2_097_152, micro_batch_tokens=4096, precision="bf16", recompute="full"

@@ -22,7 +22,7 @@ def record_noise(seen: dict[int, tuple[float, list[int]]]) -> None:
 
     def recording(engine: FsdpEngine, micro: Micro, *, scale: float, last: bool) -> LossTerms:
         for row, index in enumerate(micro.batch.index_B.tolist()):
-            seen[index] = (float(micro.corruption.t_B[row]), micro.corruption.x_t_BL[row].tolist())
+            seen[index] = (float(micro.corruption.t_BS[:, 0][row]), micro.corruption.x_t_BL[row].tolist())
         return forward_backward(engine, micro, scale=scale, last=last)
 
     FsdpEngine.forward_backward = recording  # type: ignore[method-assign, assignment]

@@ -19,7 +19,7 @@ from pretrain.config import OptimConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 from pretrain.schedules import learning_rate
-from pretrain.trainer import make_micros
+from pretrain.trainer import corrupt_step
 
 TRACES = Path(__file__).with_name("traces.json")
 BASE = ModelConfig(backbone=TransformerConfig(dim=32, num_layers=2, num_heads=2), vocab_size=33, mask_id=32)
@@ -68,9 +68,9 @@ def trace(model: ModelConfig, steps: int = 12) -> list[float]:
         first_step=0,
         num_steps=steps,
         num_workers=0,
-        transform=lambda step, rows: make_micros(step, rows, model=model, seed=1, micro_rows=8),
+        transform=lambda step, rows: corrupt_step(step, rows, model=model, seed=1),
     )
-    for step, (micro,) in enumerate(loader):
+    for step, micro in enumerate(loader):
         terms = engine.forward_backward(micro, scale=1 / micro.corruption.divisor, last=True)
         engine.reduce_and_clip(1.0)
         engine.step(lr=learning_rate(step, optim, steps), take=torch.ones(()))

@@ -78,7 +78,7 @@ def test_alpha_falls_and_time_inverts_it(config: ScheduleConfig) -> None:
 def test_positions_are_masked_with_probability_one_minus_alpha(config: ScheduleConfig) -> None:
     batch = batch_of(torch.ones(500, 400, dtype=torch.bool))
     corruption = corrupt(batch, key_of(batch), settings(config))
-    hidden_B = 1.0 - MaskSchedule(config).alpha(corruption.t_B)
+    hidden_B = 1.0 - MaskSchedule(config).alpha(corruption.t_BS[:, 0])
     deviation_B = (corruption.masked_BL.double().mean(1) - hidden_B) / (hidden_B * (1 - hidden_B) / 400 + 1e-9).sqrt()
     assert deviation_B.abs().max() < 6
     assert abs(deviation_B.mean()) < 5 / math.sqrt(500)
@@ -89,7 +89,7 @@ def test_positions_are_masked_with_probability_one_minus_alpha(config: ScheduleC
 
 def test_times_fill_the_interval_above_t_min() -> None:
     batch = batch_of(torch.ones(1000, 1, dtype=torch.bool))
-    t_B = corrupt(batch, key_of(batch), settings(ScheduleConfig(t_min=0.25))).t_B
+    t_B = corrupt(batch, key_of(batch), settings(ScheduleConfig(t_min=0.25))).t_BS[:, 0]
     assert t_B.min() > 0.25
     assert t_B.max() < 1
     assert torch.allclose(t_B.sort().values, 0.25 + 0.75 * (torch.arange(1000) + 0.5).double() / 1000, atol=2e-3)
@@ -126,7 +126,7 @@ def check_against_a_loop(batch: Batch, corruption: Corruption, weight_B: list[fl
 def test_corrupt_agrees_with_a_plain_loop(config: ScheduleConfig) -> None:
     batch = random_batch(9, 31)
     corruption = corrupt(batch, key_of(batch), settings(config))
-    weight_B = MaskSchedule(config).weight(corruption.t_B).tolist()
+    weight_B = MaskSchedule(config).weight(corruption.t_BS[:, 0]).tolist()
     check_against_a_loop(batch, corruption, weight_B)
     uniform = corrupt(batch, key_of(batch), settings(config, loss_weight="uniform"))
     check_against_a_loop(batch, uniform, [1.0] * 9)
@@ -149,7 +149,7 @@ def test_nothing_to_mask_gives_padding_only(function) -> None:  # type: ignore[n
     corruption = function(batch, key_of(batch), settings())
     check_against_a_loop(batch, corruption, [0.0] * 3)
     assert len(corruption.rows_M) == ROW_MULTIPLE
-    assert corruption.t_B.isfinite().all()
+    assert corruption.t_BS[:, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("function", [corrupt, corrupt_uniform_count])
@@ -161,7 +161,7 @@ def test_micro_batches_are_corrupted_as_the_whole(function, size: int) -> None: 
     starts = range(0, 12, size)
     parts = [function(batch.rows(s, s + size), key.rows(s, s + size), settings()) for s in starts]
     assert torch.equal(torch.cat([part.x_t_BL for part in parts]), whole.x_t_BL)
-    assert torch.equal(torch.cat([part.t_B for part in parts]), whole.t_B)
+    assert torch.equal(torch.cat([part.t_BS[:, 0] for part in parts]), whole.t_BS[:, 0])
     rows = [part.rows_M[: part.num_masked] + 40 * s for part, s in zip(parts, starts)]
     assert torch.equal(torch.cat(rows), whole.rows_M[: whole.num_masked])
     weights = [part.weight_M[: part.num_masked] for part in parts]
@@ -200,7 +200,7 @@ def test_the_noise_level_given_the_count_is_beta() -> None:
     batch = batch_of(torch.ones(size, total, dtype=torch.bool))
     for config in (SCHEDULES[0], SCHEDULES[1]):
         corruption = corrupt_uniform_count(batch, key_of(batch), settings(config))
-        hidden_B = 1.0 - MaskSchedule(config).alpha(corruption.t_B)
+        hidden_B = 1.0 - MaskSchedule(config).alpha(corruption.t_BS[:, 0])
         count_B = corruption.masked_BL.sum(1)
         for n in range(1, total + 1):
             for first in (True, False):
@@ -260,3 +260,17 @@ def test_weighted_averages_estimate_the_bound(function, kind) -> None:  # type: 
     weight_B[sequence] = corruption.weight_M[: corruption.num_masked].double()
     estimates = weight_B * toy(corruption.masked_BL)
     assert abs(estimates.mean().item() - enumerated()) < 5 * (estimates.std() / math.sqrt(size)).item()
+
+
+@pytest.mark.parametrize("function", [corrupt, corrupt_uniform_count])
+def test_rows_of_a_corruption_are_the_corruption_of_the_rows(function) -> None:  # type: ignore[no-untyped-def]
+    batch = random_batch(12, 40)
+    key = key_of(batch, step=3)
+    whole = function(batch, key, settings())
+    for start, stop in ((0, 5), (5, 12), (11, 12), (0, 12)):
+        part, alone = whole.rows(start, stop), function(batch.rows(start, stop), key.rows(start, stop), settings())
+        for name, value in vars(alone).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(part, name), value), name
+        assert (part.num_masked, part.divisor) == (alone.num_masked, alone.divisor)
+        assert torch.equal(part.key.index_B, alone.key.index_B)

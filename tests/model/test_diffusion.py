@@ -83,9 +83,11 @@ def test_loss_and_gradients_equal_a_plain_reference(name: str, dtype: torch.dtyp
     model = build(config).to(dtype)
     corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), config)
     elbo = config.loss_weight == "elbo"
-    weight_B = MaskSchedule(config.schedule).weight(corruption.t_B) if elbo else torch.ones(6, dtype=torch.float64)
+    weight_B = (
+        MaskSchedule(config.schedule).weight(corruption.t_BS[:, 0]) if elbo else torch.ones(6, dtype=torch.float64)
+    )
     weight_B = weight_B.float().to(dtype)
-    loss, total, loss_B = reference(model, batch, corruption.x_t_BL, corruption.t_B, weight_B)
+    loss, total, loss_B = reference(model, batch, corruption.x_t_BL, corruption.t_BS[:, 0], weight_B)
     terms = model(batch, corruption, step=StepSchedule())
     assert terms.loss.item() == pytest.approx(loss.item(), rel=tolerance)
     assert terms.cross_entropy.item() == pytest.approx(total.item(), rel=tolerance)
@@ -101,7 +103,7 @@ def test_linear_weights_are_one_over_t() -> None:
     batch = batch_of()
     corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), SMALL)
     sequence = corruption.rows_M[: corruption.num_masked] // LENGTH
-    assert torch.equal(corruption.weight_M[: corruption.num_masked], (1 / corruption.t_B)[sequence].float())
+    assert torch.equal(corruption.weight_M[: corruption.num_masked], (1 / corruption.t_BS[:, 0])[sequence].float())
 
 
 @pytest.mark.parametrize("function", [corrupt, corrupt_uniform_count])

@@ -23,7 +23,7 @@ CONFIGS = VARIANTS | {name: recipe().model for name, recipe in recipes().items()
 
 
 def on_meta(config: ModelConfig) -> MaskedDiffusion:
-    if not config.vocab_size:
+    if config.mask_id < 0:
         config = config.with_vocabulary(1000, 999)
     with torch.device("meta"):
         return MaskedDiffusion(config)

@@ -92,7 +92,7 @@ def restored(folder: Path) -> tuple[int, dict[str, set[float]]]:
     checkpoint = newest_good(folder / CHECKPOINTS)
     assert checkpoint is not None
     engine = make_engine(seed=3)
-    state = resume(checkpoint, engine, MODEL)
+    state = resume(checkpoint, engine, MODEL, {})
     numbers = {g: {float(x) for t in n.values() for x in t.unique()} for g, n in engine.state_dict().items()}
     return state.step, numbers
 
@@ -105,7 +105,7 @@ def test_everything_comes_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = save(tmp_path, 5, tokenizer=tokenizer)
     assert path == tmp_path / CHECKPOINTS / checkpoint_name(5)
     engine = make_engine()
-    assert resume(path, engine, MODEL) == TrainState(step=5, tokens=500, skipped=1, resumes=2)
+    assert resume(path, engine, MODEL, {}) == TrainState(step=5, tokens=500, skipped=1, resumes=2)
     assert {float(s["step"]) for s in engine.optimizer.state.values()} == {4.0}
     assert restored(tmp_path) == expected(5)
 
@@ -219,7 +219,7 @@ def test_another_model_is_refused_by_its_differences(tmp_path: Path, tokenizer: 
     engine = make_engine(other)
     before = {n: t.clone() for n, t in engine.state_dict()["model"].items()}
     with pytest.raises(ValueError, match="checkpoint of another model") as caught:
-        resume(path, engine, other)
+        resume(path, engine, other, {})
     assert "model.backbone.dim is 16 there and 32 here" in str(caught.value)
     assert "model.loss_weight is elbo there and uniform here" in str(caught.value)
     assert "model.mask_id" not in str(caught.value)
@@ -229,10 +229,10 @@ def test_another_model_is_refused_by_its_differences(tmp_path: Path, tokenizer: 
 def test_an_average_that_is_not_there_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = save(tmp_path, 1, tokenizer=tokenizer, ema_decay=0.0)
     with pytest.raises(ValueError, match=r"no averaged weights: set train\.ema_decay=0"):
-        resume(path, make_engine(), MODEL)
+        resume(path, make_engine(), MODEL, {})
     engine = make_engine(ema_decay=0.0)
-    assert resume(path, engine, MODEL).step == 1
-    resume(save(tmp_path, 2, tokenizer=tokenizer), engine, MODEL)
+    assert resume(path, engine, MODEL, {}).step == 1
+    resume(save(tmp_path, 2, tokenizer=tokenizer), engine, MODEL, {})
     assert {float(x) for x in engine.state_dict()["model"]["denoiser.embed.weight"].unique()} == {2.0}
 
 

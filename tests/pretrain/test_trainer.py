@@ -26,8 +26,8 @@ from pretrain.engines.fsdp import FsdpEngine
 from pretrain.hooks.metrics import read_metrics
 from pretrain.parallel.mesh import DataAxis, single_process
 from pretrain.schedules import learning_rate
-from pretrain.train import train
-from pretrain.trainer import Trainer, make_micros, validation_bound
+from pretrain.train import resolve, train
+from pretrain.trainer import Trainer, corrupt_step, validation_bound
 
 MakeConfig = Callable[..., RunConfig]
 Trace = dict[int, dict[str, Any]]
@@ -45,7 +45,7 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, tuple[
         noise = micro.corruption
         for row, index in enumerate(micro.batch.index_B.tolist()):
             assert index not in seen
-            seen[index] = (float(noise.t_B[row]), noise.x_t_BL[row].tolist())
+            seen[index] = (float(noise.t_BS[:, 0][row]), noise.x_t_BL[row].tolist())
         return forward_backward(engine, micro, scale=scale, last=last)
 
     with monkeypatch.context() as patch:
@@ -161,10 +161,10 @@ def test_the_logged_loss_is_the_sum_over_the_global_count(make_config: MakeConfi
     model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
     engine = FsdpEngine(model, config.optim, config.train, single_process(), seed=config.seed)
     trainer = Trainer(config, model, engine, data, hooks=[])
-    (micro,) = next(iter(trainer._batches()))
+    micro = next(iter(trainer._batches()))
     noise, batch = micro.corruption, micro.batch
     ce_BL = cross_entropy(engine, batch, noise.x_t_BL)
-    weighted = (ce_BL * noise.masked_BL / noise.t_B[:, None]).double().sum() / batch.maskable_BL.sum()
+    weighted = (ce_BL * noise.masked_BL / noise.t_BS[:, 0][:, None]).double().sum() / batch.maskable_BL.sum()
     masked = ce_BL[noise.masked_BL].double().mean()
     train(config)
     (line,) = [r for r in read_metrics(config.path / "metrics.jsonl") if r["kind"] == "train"]
@@ -271,10 +271,36 @@ def test_micros_are_a_function_of_the_step_and_the_rows(make_config: MakeConfig,
     source = ShardSource(shards, "train", 32)
     index = torch.arange(12)
     rows = {**source.gather(index.numpy()), "index": index}
-    parts = make_micros(3, rows, model=model, seed=0, micro_rows=5)
+    whole = corrupt_step(3, rows, model=model, seed=0)
+    parts = whole.split(5)
     assert [p.batch.num_sequences for p in parts] == [5, 5, 2]
-    (whole,) = make_micros(3, rows, model=model, seed=0, micro_rows=12)
     assert torch.equal(torch.cat([p.corruption.x_t_BL for p in parts]), whole.corruption.x_t_BL)
-    assert torch.equal(torch.cat([p.corruption.t_B for p in parts]), whole.corruption.t_B)
-    (other,) = make_micros(4, rows, model=model, seed=0, micro_rows=12)
+    assert torch.equal(torch.cat([p.corruption.t_BS[:, 0] for p in parts]), whole.corruption.t_BS[:, 0])
+    other = corrupt_step(4, rows, model=model, seed=0)
     assert not torch.equal(other.corruption.x_t_BL, whole.corruption.x_t_BL)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"), [("seed=7", "seed is 0 there and 7 here"), ("train.batch_tokens=1024", "train.batch_tokens")]
+)
+def test_a_checkpoint_of_a_run_with_other_noise_or_order_is_refused(
+    make_config: MakeConfig, tmp_path: Path, override: str, named: str
+) -> None:
+    train(make_config(tmp_path / "run", "train.steps=4"))
+    with pytest.raises(ValueError, match=f"another run .*{named}"):
+        train(make_config(tmp_path / "run", "train.steps=8", override))
+
+
+def test_shards_that_were_made_otherwise_are_not_taken_for_the_wanted_ones(
+    make_config: MakeConfig, tmp_path: Path, documents: Path
+) -> None:
+    wanted = ("data.prepare.validation_fraction=0.2", "data.prepare.tokenizer=bytes")
+    train(make_config(tmp_path / "run", "train.steps=1", f"data.prepare.source={documents}", *wanted))
+    with pytest.raises(ValueError, match="was made from .*data.prepare=null"):
+        train(make_config(tmp_path / "other", "train.steps=1", "data.prepare.source=stdlib", *wanted))
+
+
+def test_a_run_folder_names_its_configuration(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", "train.steps=1")
+    train(config)
+    assert resolve(str(tmp_path / "run"), []) == config

@@ -108,7 +108,7 @@ def _their_step(batch: Batch) -> tuple[Callable[[], None], int]:
         corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), MODEL)
         logits = model(input_ids=corruption.x_t_BL, attention_mask=everything_visible).logits
         ce: Tensor = F.cross_entropy(logits.flatten(0, 1), batch.tokens_BL.flatten(), reduction="none")
-        weight_BL = (1.0 / corruption.t_B).float()[:, None] * corruption.masked_BL
+        weight_BL = (1.0 / corruption.t_BS[:, 0]).float()[:, None] * corruption.masked_BL
         (ce * weight_BL.flatten()).sum().div(corruption.divisor).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
