@@ -287,7 +287,7 @@ def test_a_checkpoint_of_a_run_with_other_noise_or_order_is_refused(
     make_config: MakeConfig, tmp_path: Path, override: str, named: str
 ) -> None:
     train(make_config(tmp_path / "run", "train.steps=4"))
-    with pytest.raises(ValueError, match=f"another run .*{named}"):
+    with pytest.raises(ValueError, match=rf"another run .*{named}"):
         train(make_config(tmp_path / "run", "train.steps=8", override))
 
 
@@ -296,7 +296,7 @@ def test_shards_that_were_made_otherwise_are_not_taken_for_the_wanted_ones(
 ) -> None:
     wanted = ("data.prepare.validation_fraction=0.2", "data.prepare.tokenizer=bytes")
     train(make_config(tmp_path / "run", "train.steps=1", f"data.prepare.source={documents}", *wanted))
-    with pytest.raises(ValueError, match="was made from .*data.prepare=null"):
+    with pytest.raises(ValueError, match=r"was made from .*data.prepare=null"):
         train(make_config(tmp_path / "other", "train.steps=1", "data.prepare.source=stdlib", *wanted))
 
 
