@@ -46,7 +46,7 @@ class Loader(Generic[T]):
         assert 0 <= rank < size, f"rank {rank} of {size}"
         _check_batch(global_batch, size)
         if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; give 0 (no worker processes) or more.")
+            raise ValueError(f"num_workers is {num_workers}; give 0 (no worker processes) or more")
         self._batches = _Batches(source, order, global_batch, rank, size, transform)
         self._steps = range(first_step, num_steps)
         self._num_workers, self._pin_memory = num_workers, pin_memory
@@ -94,12 +94,12 @@ class _Batches(Dataset[T]):
 
 def _check_batch(global_batch: int, size: int) -> None:
     if global_batch < 1:
-        raise ValueError(f"The global batch is {global_batch} sequences; give at least 1.")
+        raise ValueError(f"the global batch is {global_batch} sequences; give at least 1")
     if global_batch % size:
         legal = [str(count) for count in range(1, global_batch + 1) if global_batch % count == 0]
         raise ValueError(
-            f"A global batch of {global_batch} sequences does not divide over {size} data-parallel ranks; "
-            f"use a world size of {', '.join(legal)}, or a batch that is a multiple of {size}."
+            f"a global batch of {global_batch} sequences does not divide over {size} data-parallel ranks; "
+            f"use a world size of {', '.join(legal)}, or a batch that is a multiple of {size}"
         )
 
 

@@ -95,16 +95,16 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{folder} holds no tokenised data ({path}: {error.strerror}); {MAKE_ONE}.") from error
+            raise ValueError(f"{folder} holds no tokenised data ({path}: {error.strerror}); {MAKE_ONE}") from error
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); {MAKE_ONE} again.") from error
+            raise ValueError(f"{path} is not JSON ({error}); {MAKE_ONE} again") from error
         version = fields.get("version") if isinstance(fields, dict) else None
         if version != VERSION:
-            raise ValueError(f"{path} has version {version!r}, this code reads version {VERSION}; {MAKE_ONE} again.")
+            raise ValueError(f"{path} has version {version!r}, this code reads version {VERSION}; {MAKE_ONE} again")
         try:
             return _from_fields(fields)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} lacks a field or has a foreign one ({error}); {MAKE_ONE} again.") from error
+            raise ValueError(f"{path} lacks a field or has a foreign one ({error}); {MAKE_ONE} again") from error
 
 
 def verify(folder: Path) -> None:
@@ -116,7 +116,7 @@ def verify(folder: Path) -> None:
     if damaged:
         raise ValueError(
             f"{folder} holds {len(damaged)} files that differ from its manifest ({', '.join(damaged)}); "
-            f"restore them, or {MAKE_ONE} again."
+            f"restore them, or {MAKE_ONE} again"
         )
     open_tokenizer(folder)
 
@@ -127,14 +127,14 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
     if tokenizer.vocab_size != expected.vocab_size:
         raise ValueError(
-            f"The tokenizer in {folder / TOKENIZER_FOLDER} has {tokenizer.vocab_size} tokens, "
-            f"the manifest says {expected.vocab_size}; restore the tokenizer, or {MAKE_ONE} again."
+            f"the tokenizer in {folder / TOKENIZER_FOLDER} has {tokenizer.vocab_size} tokens, "
+            f"the manifest says {expected.vocab_size}; restore the tokenizer, or {MAKE_ONE} again"
         )
     if tokenizer.sha256() != expected.sha256:
         raise ValueError(
-            f"The tokenizer in {folder / TOKENIZER_FOLDER} did not make these tokens "
+            f"the tokenizer in {folder / TOKENIZER_FOLDER} did not make these tokens "
             f"(its sha256 is not the manifest's {expected.sha256[:12]}); "
-            f"restore the tokenizer, or {MAKE_ONE} again."
+            f"restore the tokenizer, or {MAKE_ONE} again"
         )
     return tokenizer
 
@@ -161,7 +161,7 @@ def _split(folder: Path, split: str) -> SplitManifest:
     if split not in filled:
         raise ValueError(
             f"{folder} has no documents in split {split!r}, only in: {', '.join(filled)}; take one of those, "
-            "or tokenise again with another validation_fraction."
+            "or tokenise again with another validation_fraction"
         )
     return splits[split]
 
@@ -172,7 +172,7 @@ def _open_shard(folder: Path, record: ShardRecord) -> Shard:
         raise ValueError(
             f"{folder / record.prefix} holds {shard.num_documents} documents, {shard.num_tokens} tokens; "
             f"the manifest says {record.num_documents} and {record.num_tokens}; "
-            f"restore the shard, or {MAKE_ONE} again."
+            f"restore the shard, or {MAKE_ONE} again"
         )
     return shard
 
@@ -184,11 +184,11 @@ def _open_prompts(folder: Path, record: ShardRecord) -> npt.NDArray[np.int32]:
     try:
         lengths: npt.NDArray[np.int32] = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); restore it, or {MAKE_ONE} again.") from error
+        raise ValueError(f"{path} cannot be read ({error}); restore it, or {MAKE_ONE} again") from error
     if lengths.shape != (record.num_documents,):
         raise ValueError(
             f"{path} has shape {lengths.shape}, expected one number a document ({record.num_documents},); "
-            f"restore it, or {MAKE_ONE} again."
+            f"restore it, or {MAKE_ONE} again"
         )
     return lengths
 

@@ -27,7 +27,7 @@ class Order:
 
     def __init__(self, length: int, seed: int) -> None:
         if length < 1:
-            raise ValueError(f"The data has {length} samples to order; give at least one.")
+            raise ValueError(f"the data has {length} samples to order; give at least one")
         self.length = length
         self.seed = seed
         self._num_columns = math.isqrt(length - 1) + 1

@@ -39,16 +39,16 @@ class ShardSource:
     """The rows of one split of a tokenised data set.
 
     pack: "concat" cuts the split's token stream in rows of `length` and drops the tail; "pad" gives each
-    document a row of its own, cut at `length` (`num_cut` documents are) or padded. Prompts and padding are
+    document a row of its own, cut at `length` or padded. Prompts and padding are
     not maskable. A document continued from the row before counts its positions from the start of the row.
     Raises ValueError when the split is missing, damaged or, with "concat", shorter than one row.
     """
 
     def __init__(self, folder: Path, split: str, length: int, *, pack: Pack = "concat") -> None:
         if length < 1:
-            raise ValueError(f"The row length is {length}; give at least 1 token.")
+            raise ValueError(f"the row length is {length}; give at least 1 token")
         if pack not in get_args(Pack):
-            raise ValueError(f"Unknown packing {pack!r}; legal: {', '.join(get_args(Pack))}.")
+            raise ValueError(f"unknown packing {pack!r}; legal: {', '.join(get_args(Pack))}")
         self.folder, self.split, self.length, self.pack = folder, split, length, pack
         self._shards = open_shards(folder, split)
         self._shard_starts = _starts(np.array([shard.num_tokens for shard in self._shards]))
@@ -57,11 +57,10 @@ class ShardSource:
         self._pad_id = Manifest.load(folder).tokenizer.pad_id
         self.num_documents = len(self._prompts)
         self.num_tokens = int(self._offsets[-1])
-        self.num_cut = int(np.sum(np.diff(self._offsets) > length)) if pack == "pad" else 0
         if not len(self):
             raise ValueError(
-                f"Split {split!r} of {folder} has {self.num_tokens} tokens, fewer than one row of {length}; "
-                f"set a row length of at most {self.num_tokens}, or tokenise more text."
+                f"split {split!r} of {folder} has {self.num_tokens} tokens, fewer than one row of {length}; "
+                f"set a row length of at most {self.num_tokens}, or tokenise more text"
             )
 
     def __reduce__(self) -> tuple[Callable[..., "ShardSource"], tuple[Path, str, int]]:

@@ -182,7 +182,7 @@ def _map_tokens(path: Path, code: int, num_tokens: int) -> npt.NDArray[np.generi
 
 def _refuse(path: Path, expected: str, found: str, cause: Exception | None = None) -> NoReturn:
     raise ValueError(
-        f"{path} is not a whole token shard: expected {expected}, found {found}; tokenise the source again."
+        f"{path} is not a whole token shard: expected {expected}, found {found}; tokenise the source again"
     ) from cause
 
 

@@ -49,7 +49,7 @@ def read_documents(source: str, *, on_skip: OnSkip = lambda name: None) -> Itera
     if path.is_file() and path.name.endswith(SUFFIXES):
         return _some(source, _read_file(path, path.name, on_skip))
     problem = "cannot be read as text" if path.exists() else "does not exist"
-    raise ValueError(f"Source {source!r} {problem}; give {LEGAL_SOURCES}.")
+    raise ValueError(f"source {source!r} {problem}; give {LEGAL_SOURCES}")
 
 
 def _some(source: str, documents: Iterator[Document]) -> Iterator[Document]:
@@ -60,8 +60,7 @@ def _some(source: str, documents: Iterator[Document]) -> Iterator[Document]:
             yield document
     if empty:
         raise ValueError(
-            f"Source {source!r} holds no UTF-8 text; "
-            f"give {LEGAL_SOURCES}, with at least one document that is not empty."
+            f"source {source!r} holds no UTF-8 text; give {LEGAL_SOURCES}, with at least one document that is not empty"
         )
 
 
@@ -134,7 +133,7 @@ def _parse(line: str, name: str, place: str) -> Document:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{place} is not JSON ({error.msg}); each line must be one object with text, or with prompt and completion."
+            f"{place} is not JSON ({error.msg}); each line must be one object with text, or with prompt and completion"
         ) from error
     fields = record if isinstance(record, dict) else {}
     if isinstance(fields.get("text"), str):
@@ -142,7 +141,7 @@ def _parse(line: str, name: str, place: str) -> Document:
     if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
         return Document(name=name, text=fields["completion"], prompt=fields["prompt"])
     raise ValueError(
-        f'{place} has neither "text" nor "prompt" and "completion" as strings; give each line one of the two forms.'
+        f'{place} has neither "text" nor "prompt" and "completion" as strings; give each line one of the two forms'
     )
 
 
@@ -156,4 +155,4 @@ def _is_utf8(text: str) -> bool:
 
 
 def _unreadable(path: str | Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read ({error}); repair it, or take it out of the source.")
+    return ValueError(f"{path} cannot be read ({error}); repair it, or take it out of the source")

@@ -1,7 +1,9 @@
 """From a source to a data set: tokenizer, splits, shards, manifest."""
 
+import glob
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,12 +49,13 @@ def tokenize(
     unless it is 0, both splits get at least one document. max_shard_tokens: a shard is closed before it would
     grow beyond this.
     overwrite: replace the data set that is at `out`. progress: called with documents done and in all.
-    Raises ValueError for illegal settings, sources and tokenizers.
+    Raises ValueError for illegal settings, sources and tokenizers, and where `out` can not be written.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(
-            f"validation_fraction is {validation_fraction}; give a number from 0 (no validation split) to below 1."
+            f"validation_fraction is {validation_fraction}; give a number from 0 (no validation split) to below 1"
         )
+    _clear_up(out)
     _check_destination(out, overwrite)
     maker = make_tokenizer(tokenizer, lambda: (item.prompt + item.text for item in read_documents(source)))
     survey = _survey(source, validation_fraction, seed)
@@ -93,8 +96,8 @@ def _survey(source: str, fraction: float, seed: int) -> _Survey:
     if fraction > 0:
         if len(distinct) < 2:
             raise ValueError(
-                f"Source {source!r} holds one distinct document, which cannot be split in two; "
-                "set validation_fraction to 0, or give more documents."
+                f"source {source!r} holds one distinct document, which cannot be split in two; "
+                "set validation_fraction to 0, or give more documents"
             )
         cut = min(max(int(fraction * HASH_RANGE), min(distinct) + 1), max(distinct))
     return _Survey(
@@ -195,34 +198,62 @@ def _record(spec: str, tokenizer: Tokenizer) -> TokenizerRecord:
     )
 
 
+def _clear_up(out: Path) -> None:
+    """Ends what killed processes of this machine began: half-written folders go, data they moved aside comes back."""
+    for kind in ("old", "tmp"):
+        for left in map(Path, glob.glob(f"{glob.escape(str(out))}.{kind}-{glob.escape(platform.node())}-*")):
+            process = left.name.rpartition("-")[2]
+            if not process.isdecimal() or _runs_elsewhere(int(process)):
+                continue
+            if kind == "old" and not out.exists():
+                left.rename(out)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs_elsewhere(process: int) -> bool:
+    """Whether another process has this number; our own may be one that a killed container had too."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
 def _check_destination(out: Path, overwrite: bool) -> None:
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the working directory, which a data set can not replace; give a new folder")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / FILE_NAME).is_file():
-        raise ValueError(f"{out} exists and is not a tokenised data set; give the path of a new folder.")
+        raise ValueError(f"{out} exists and is not a tokenised data set; give the path of a new folder")
     if not overwrite:
-        raise ValueError(f"{out} already holds a tokenised data set; overwrite it explicitly, or give a new folder.")
+        raise ValueError(f"{out} already holds a tokenised data set; overwrite it explicitly, or give a new folder")
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its place when the body ends well, and vanishes otherwise."""
-    temporary, old = (out.with_name(f"{out.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    process = f"{platform.node()}-{os.getpid()}"
+    temporary, old = (out.with_name(f"{out.name}.{kind}-{process}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written ({error.strerror}); give a folder that can be.") from error
-    try:
         yield temporary
         if out.exists():
             out.rename(old)
         temporary.rename(out)
         _sync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not out.exists():
+        if os.path.lexists(old) and not out.exists():
             old.rename(out)
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"{out} cannot be written ({error.strerror or error}); give a folder that can be, with room for it"
+            ) from error
         raise
 
 

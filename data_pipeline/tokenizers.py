@@ -84,10 +84,10 @@ class Tokenizer:
         try:
             return _from_json(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"No tokenizer at {path} ({error.strerror}); legal: {LEGAL_SPECS}.") from error
+            raise ValueError(f"no tokenizer at {path} ({error.strerror}); legal: {LEGAL_SPECS}") from error
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(
-                f"{file} is not a tokenizer.json of Hugging Face tokenizers ({error}); legal: {LEGAL_SPECS}."
+                f"{file} is not a tokenizer.json of Hugging Face tokenizers ({error}); legal: {LEGAL_SPECS}"
             ) from error
 
 
@@ -108,7 +108,7 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     if kind == "bpe" and size.isascii() and size.isdecimal() and int(size) >= SMALLEST_BPE:
         return Tokenizer(_trained_pairs(int(size), texts()))
     if kind == "bpe" or not Path(spec).exists():
-        raise ValueError(f"Unknown tokenizer {spec!r}; legal: {LEGAL_SPECS}.")
+        raise ValueError(f"unknown tokenizer {spec!r}; legal: {LEGAL_SPECS}")
     return Tokenizer.load(Path(spec))
 
 

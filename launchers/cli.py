@@ -171,7 +171,7 @@ def sample(
     settings = SamplingSettings(
         steps=steps,
         amount=amount.value,
-        order=order and order.value,
+        order=order.value if order else None,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
@@ -210,7 +210,7 @@ def evaluate(
     sampling = SamplingSettings(
         steps=steps,
         amount=amount.value,
-        order=order and order.value,
+        order=order.value if order else None,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

@@ -39,14 +39,14 @@ def main() -> None:
     if RUN.exists():
         raise ValueError(f"{RUN} exists: `rm -r {RUN}` removes it, or `penumbra train demo` continues it")
     if not DATA.exists():
-        penumbra("tokenize", "stdlib", "--out", str(DATA))
+        penumbra("tokenize", "stdlib", "--tokenizer", "bytes", "--out", str(DATA))
     interrupted_training(after_step=200)
     penumbra("train", "demo")
     penumbra("eval", str(RUN), "--task", "bound", "--num-draws", "2", "--limit", "128")
     penumbra(
         "sample", str(RUN), "--prompt", PROMPT, "--length", "96", "--steps", "48", "--trace", "--temperature", "0.7"
     )
-    penumbra("eval", str(RUN), "--task", "demo_tasks", "--length", "128", "--steps", "32")
+    penumbra("eval", str(RUN), "--task", "demo_tasks")
     penumbra("report", str(RUN))
     print(f"\nDone in {time.monotonic() - started:.0f} s. What is where:")
     for path, what in (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eval.record import Record
 from eval.tasks import EvaluationSettings, open_run, run_task, task_name
-from pretrain.hooks.writable import check_writable
+from pretrain.writable import check_writable
 
 
 def run_evaluation(folder: Path, task: str, settings: EvaluationSettings, json_file: Path | None) -> None:

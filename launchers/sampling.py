@@ -10,7 +10,7 @@ from rich.text import Text
 from eval.completion import Completion, Frame, SamplingSettings, complete
 from eval.record import write_whole
 from eval.tasks import open_run
-from pretrain.hooks.writable import check_writable
+from pretrain.writable import check_writable
 
 STYLES = {"prompt": "dim", "masked": "bright_black", "new": "bold green", "known": ""}
 NUM_TRACE_FRAMES = 6

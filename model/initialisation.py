@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from .noise import normal_at, stream_key
 
-STANDARD_DEVIATION = 0.02
+HEAD_DEVIATION = 0.02
 CHUNK = 1 << 22
 
 RULES: tuple[tuple[str, str], ...] = (
@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"bias$", "zeros"),
     (r"(attention\.out|ffn\.down)\.weight$", "residual"),
     (r"embed\.weight$", "embedding"),
+    (r"head\.weight$", "head"),
     (r"weight$", "normal"),
 )
 
@@ -30,25 +31,28 @@ RULES: tuple[tuple[str, str], ...] = (
 def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
     """Fills every parameter of `model` (plain or sharded as DTensors) in place.
 
-    Args:
-        num_layers: residual projections are scaled by 1 / sqrt(2 num_layers) (GPT-2).
+    Matrices keep the variance of what they multiply (1 / fan-in), those that write into the residual stream share it
+    among the layers (GPT-2). Token embeddings have unit variance, so that tokens outweigh what untrained blocks add to
+    them; a head, tied or not, starts small.
 
-    Token embeddings have unit variance, so that tokens outweigh what untrained blocks add to them; as a tied head they
-    must start small.
+    Args:
+        num_layers: number of blocks, each of which writes into the residual stream twice.
     """
     tied = not any(name.endswith("head.weight") for name, _ in model.named_parameters())
-    scales = {
-        "normal": STANDARD_DEVIATION,
-        "residual": STANDARD_DEVIATION / math.sqrt(2 * num_layers),
-        "embedding": STANDARD_DEVIATION if tied else 1.0,
-    }
     for name, parameter in model.named_parameters():
         rule = next(kind for pattern, kind in RULES if re.search(pattern, name))
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if rule in ("ones", "zeros"):
             local.fill_(1.0 if rule == "ones" else 0.0)
         else:
-            _fill_normal(local, parameter, stream_key(seed, f"initial/{name}"), scales[rule])
+            spread = 1.0 / math.sqrt(parameter.shape[1])
+            scale = {
+                "normal": spread,
+                "residual": spread / math.sqrt(2 * num_layers),
+                "embedding": HEAD_DEVIATION if tied else 1.0,
+                "head": HEAD_DEVIATION,
+            }[rule]
+            _fill_normal(local, parameter, stream_key(seed, f"initial/{name}"), scale)
 
 
 def _fill_normal(local: Tensor, parameter: Tensor, key: int, scale: float) -> None:

@@ -68,8 +68,9 @@ class ToyFunctionsData(Settings):
         for name, least in (("num_trees", 2), ("variants", 1), ("vocab_size", 259)):
             if getattr(self, name) < least:
                 yield f"data.{name}={getattr(self, name)} must be at least {least}"
-        if self.num_trees > 1 and not 1 <= self.num_held_out < self.num_trees:
-            yield f"data.num_held_out={self.num_held_out} must lie between 1 and data.num_trees - 1 = {self.num_trees - 1}"
+        most = self.num_trees - 1
+        if most > 0 and not 1 <= self.num_held_out <= most:
+            yield f"data.num_held_out={self.num_held_out} must lie between 1 and {most} (data.num_trees - 1)"
 
 
 DataConfig = Annotated[ShardData | ToyFunctionsData, Field(discriminator="kind")]
@@ -187,7 +188,7 @@ class RunConfig(Settings):
     def problems(self) -> Iterator[str]:
         """What is wrong across settings, one sentence each."""
         if self.name in ("", ".", "..") or set(self.name) & {"/", "\\"}:
-            yield f"name={self.name!r} must be the name of a folder, without separators: set folder=... for another place"
+            yield f"name={self.name!r} must be one name without separators: set folder=... for another place"
         yield from (f"model.{problem}" for problem in self.model.problems())
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()

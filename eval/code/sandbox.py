@@ -99,8 +99,8 @@ def require_sandbox(limits: Limits) -> None:
     if outcome.status != "passed":
         raise ValueError(
             f"programs can not be run here (an empty one ended as {outcome.status}: {outcome.message}): "
-            "raise --seconds if the time is too short, else use a Linux machine or container whose kernel has pidfd_open "
-            "and that lets a process lower its own limits"
+            "raise --seconds if the time is too short, else use a Linux machine or container with pidfd_open "
+            "that lets a process lower its own limits"
         )
 
 

@@ -1,6 +1,6 @@
 """The one sampling loop: predict, choose tokens, choose how many and which positions, reveal.
 
-Shapes: B sequences, L positions, M masked rows, R rows of a chunk, V vocabulary, D width.
+Shapes: B sequences, L positions, N positions of all rows, M masked ones, R of a chunk, V vocabulary, D width.
 """
 
 from collections.abc import Callable
@@ -71,13 +71,13 @@ def _advance(model: MaskedDiffusion, state: SamplerState, policies: Policies, st
 
 
 def _choose(
-    model: MaskedDiffusion, policies: Policies, hidden_D: Tensor, rows_M: Tensor, draws_M: Tensor, random_M: Tensor
+    model: MaskedDiffusion, policies: Policies, hidden_ND: Tensor, rows_M: Tensor, draws_M: Tensor, random_M: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A token and a score for each masked row, a chunk of rows at a time; `hidden_D` has all B x L rows."""
+    """A token and a score for each masked row, a chunk of rows at a time."""
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
     chosen, scored = [], []
     for rows_R, draws_R, random_R in zip(rows_M.split(size), draws_M.split(size), random_M.split(size), strict=True):
-        log_probs_RV = model.logits(hidden_D[rows_R], rows_R).log_softmax(1)
+        log_probs_RV = model.logits(hidden_ND[rows_R], rows_R).log_softmax(1)
         chosen_R = policies.choice(log_probs_RV, Stream(draws_R))
         chosen.append(chosen_R)
         scored.append(scores(policies.order, log_probs_RV, chosen_R, random_R))

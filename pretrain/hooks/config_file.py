@@ -3,8 +3,8 @@
 from ..checkpoint.manifest import write_synced
 from ..config import RunConfig, dump_config
 from ..state import TrainState
+from ..writable import check_writable
 from .base import Hook
-from .writable import check_writable
 
 
 class ConfigFile(Hook):

@@ -9,8 +9,8 @@ from typing import Any
 from model.bounds import Bound
 
 from ..state import TrainState
+from ..writable import check_writable
 from .base import Hook, StepRecord
-from .writable import check_writable
 
 
 class MetricsFile(Hook):

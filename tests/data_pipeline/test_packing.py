@@ -70,7 +70,6 @@ def test_padded_rows_hold_one_document_each(data: Path, length: int) -> None:
     rows = source.gather(np.arange(len(source)))
     documents = written_out(data)
     assert len(source) == len(documents)
-    assert source.num_cut == sum(len(document) > length for document in documents)
     for row, document in enumerate(documents):
         cut = document[:length]
         rest = length - len(cut)
@@ -97,7 +96,7 @@ def test_rows_come_by_index_with_their_types_and_survive_pickling(data: Path, pa
 def test_bad_settings_are_named(data: Path) -> None:
     with pytest.raises(ValueError, match="has 87 tokens, fewer than one row of 88"):
         ShardSource(data, "train", 88)
-    with pytest.raises(ValueError, match="Unknown packing 'best'; legal: concat, pad"):
+    with pytest.raises(ValueError, match="unknown packing 'best'; legal: concat, pad"):
         ShardSource(data, "train", 8, pack="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="row length is 0"):
         ShardSource(data, "train", 0)

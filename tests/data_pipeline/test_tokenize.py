@@ -1,4 +1,9 @@
+import errno
 import json
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,7 +229,61 @@ def test_a_replacement_that_fails_brings_the_old_data_back(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fails_into_place)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(ValueError, match=r"data cannot be written \(no\)"):
         tokenize(source, tokenizer="characters", out=data, overwrite=True)
     assert (data / "manifest.json").read_bytes() == content
     assert sorted(path.name for path in data.parent.iterdir()) == ["data", "source.jsonl"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"out cannot be written \(No space left on device\); give a folder"):
+        tokenize(source, tokenizer="bytes", out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.jsonl"]
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path, source: str) -> None:
+    host = platform.node()
+    alive = tmp_path / f"out.tmp-{host}-{os.getppid()}"
+    other = tmp_path / f"out.tmp-{host}x-{dead_process()}"
+    for left in (
+        tmp_path / f"out.tmp-{host}-{dead_process()}",
+        tmp_path / f"out.tmp-{host}-{os.getpid()}",
+        alive,
+        other,
+    ):
+        left.mkdir()
+        (left / "train-00000.bin").write_bytes(b"half")
+    tokenize(source, tokenizer="bytes", out=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "source.jsonl", alive.name, other.name}
+    verify(tmp_path / "out")
+
+
+def test_data_that_a_killed_process_moved_aside_comes_back(source: str, data: Path) -> None:
+    data.rename(data.with_name(f"data.old-{platform.node()}-{dead_process()}"))
+    with pytest.raises(ValueError, match="already holds"):
+        tokenize(source, tokenizer="bytes", out=data)
+    verify(data)
+    assert sorted(path.name for path in data.parent.iterdir()) == ["data", "source.jsonl"]
+
+
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_the_working_directory_is_not_replaced(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="holds the working directory"):
+        tokenize(source, tokenizer="bytes", out=Path(out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "source.jsonl"]

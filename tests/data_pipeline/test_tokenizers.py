@@ -130,5 +130,5 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json"):
         make_tokenizer(str(tmp_path), lambda: iter(()))
-    with pytest.raises(ValueError, match="No tokenizer at"):
+    with pytest.raises(ValueError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "nowhere")

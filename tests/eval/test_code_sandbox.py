@@ -1,13 +1,14 @@
 """What programs may not do, and what counts as having passed."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from eval.code import Limits, run_many, run_program
+from eval.code import Limits, require_sandbox, run_many, run_program
 
 LIMITS = Limits(seconds=20.0, memory_bytes=256 << 20, processes=8, file_bytes=1 << 20)
 SHORT = Limits(seconds=1.0)
@@ -40,7 +41,18 @@ def test_ending_early_is_not_passing(program: str, status: str) -> None:
     assert run_program(program, limits=LIMITS).status == status
 
 
-@pytest.mark.parametrize("forged", ['["passed", ""]', '["passed", "0123"]', "passed", "[]", "{}"])
+def test_a_sandbox_that_can_not_be_set_up_is_no_failure_of_the_program() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    outcome = run_program("pass", limits=Limits(open_files=hard + 1))
+    assert outcome.status == "unavailable"
+    assert "the sandbox could not be set up: ValueError" in outcome.message
+    with pytest.raises(ValueError, match="can not be run here"):
+        require_sandbox(Limits(open_files=hard + 1))
+
+
+@pytest.mark.parametrize(
+    "forged", ['["passed", ""]', '["unavailable", "0123"]', '["passed", "0123"]', "passed", "[]", "{}"]
+)
 def test_a_verdict_written_by_the_program_does_not_count(forged: str) -> None:
     program = f"""
 import os

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def test_demo_tasks_are_solved_by_their_solutions_and_by_nothing() -> None:
     completions = {task.task_id: [task.canonical_solution, "    return None\n"] for task in tasks}
     result = evaluate(tasks, completions, limits=LIMITS, workers=2, ks=(1, 2))
     assert result.pass_at_k == {1: 0.5, 2: 1.0}
-    assert result.table() == [(task.task_id, 2, 1) for task in tasks]
+    for task in tasks:
+        assert [outcome.status == "passed" for outcome in result.outcomes[task.task_id]] == [True, False]
 
 
 def test_compressed_tasks_with_further_keys_are_read(tmp_path: Path) -> None:
@@ -85,6 +87,22 @@ def test_a_task_without_enough_completions_is_named() -> None:
         evaluate(tasks, {"demo/0": [""]}, limits=LIMITS, workers=1)
     with pytest.raises(ValueError, match="'demo/0' needs at least 2 completions"):
         evaluate(tasks, {task.task_id: [""] for task in tasks}, limits=LIMITS, workers=1, ks=(2,))
+
+
+def test_where_nothing_can_be_run_nothing_is_scored() -> None:
+    tasks = read_tasks(DEMO)[:1]
+    completions = {tasks[0].task_id: [tasks[0].canonical_solution]}
+    with pytest.raises(ValueError, match=r"programs can not be run here .*: raise --seconds"):
+        evaluate(tasks, completions, limits=Limits(seconds=1e-6), workers=1)
+
+
+def test_a_program_that_was_not_run_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = read_tasks(DEMO)[:2]
+    completions = {task.task_id: [task.canonical_solution] for task in tasks}
+    gone = [Outcome(status="passed"), Outcome(status="unavailable", message="no processes left")]
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "run_many", lambda programs, **settings: gone)
+    with pytest.raises(ValueError, match=r"1 of 2 programs were not run \(no processes left\)"):
+        evaluate(tasks, completions, limits=LIMITS, workers=1)
 
 
 EXAMPLES = [

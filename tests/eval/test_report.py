@@ -145,6 +145,7 @@ def test_charts_hold_the_later_life_of_a_resumed_run(run: Path) -> None:
 
 
 def test_missing_parts_name_their_command(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
     text = Page(write_report(tmp_path)).text
     for command in (
         "penumbra train RECIPE",
@@ -158,10 +159,10 @@ def test_out_is_written_whole_or_not_at_all(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert write_report(run, out) == out
     assert out.read_text(encoding="utf-8").endswith("</html>")
-    with pytest.raises(ValueError, match="cannot write"):
-        write_report(run, tmp_path / "absent" / "page.html")
+    with pytest.raises(ValueError, match="can not be written"):
+        write_report(run, out / "page.html")
     (tmp_path / "folder" / "kept").mkdir(parents=True)
-    with pytest.raises(ValueError, match="cannot write"):
+    with pytest.raises(ValueError, match="can not be written"):
         write_report(run, tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "night", "page.html"]
 
@@ -175,6 +176,21 @@ def test_unreadable_input_is_one_sentence(run: Path) -> None:
     (run / "evaluations" / "bound.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no JSON object"):
         write_report(run)
+    for results in ("3", "[1]", '{"bound.nelbo": "low"}', '{"bound.nelbo": null}'):
+        (run / "evaluations" / "bound.json").write_text(f'{{"results": {results}}}')
+        with pytest.raises(ValueError, match=r"bound\.json has results that are not numbers by key"):
+            write_report(run)
+    (run / "evaluations" / "bound.json").unlink()
+    (run / "samples" / "ancestral.json").write_text('{"samples": [1]}')
+    with pytest.raises(ValueError, match=r"ancestral\.json has samples that are not JSON objects"):
+        write_report(run)
+
+
+def test_a_folder_that_is_no_run_gets_no_page(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(ValueError, match=r"is not a run folder \(it has neither"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
 
 
 def test_chart_survives_values_that_are_not_finite() -> None:

@@ -4,6 +4,8 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Literal
 
 import pytest
 import torch
@@ -240,12 +242,63 @@ def test_top_p_draws_from_the_nucleus_in_proportion(top_p: float, temperature: f
         assert abs(counts[token] - draws * p) <= 5 * math.sqrt(draws * p * (1 - p)) + 1e-9
 
 
-def test_draws_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    log_probs_MV = torch.randn(50, 9).log_softmax(1)
-    stream = NoiseKey(0, 0, torch.arange(50)).stream("token")
-    whole = TokenChoice(1.0, 0.9)(log_probs_MV, stream)
-    monkeypatch.setattr("eval.sampling.choice.CHUNK_ELEMENTS", 30)
-    assert torch.equal(TokenChoice(1.0, 0.9)(log_probs_MV, stream), whole)
+def test_chunks_bound_the_logits_and_change_no_sample(model: MaskedDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [sample(model, blank(12, 8), policy, 5).tokens_BL for policy in policies()]
+    sizes: list[int] = []
+    logits = MaskedDiffusion.logits
+
+    def counting(model: MaskedDiffusion, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
+        sizes.append(len(hidden_MD))
+        return logits(model, hidden_MD, rows_M)
+
+    monkeypatch.setattr(MaskedDiffusion, "logits", counting)
+    monkeypatch.setattr("eval.sampling.loop.CHUNK_ELEMENTS", 35)
+    for policy, expected in zip(policies(), whole, strict=True):
+        assert torch.equal(sample(model, blank(12, 8), policy, 5).tokens_BL, expected)
+    assert max(sizes) == 7
+    monkeypatch.setattr("eval.sampling.loop.CHUNK_ELEMENTS", 1)
+    sizes.clear()
+    sample(model, blank(2, 4), Policies(), 1)
+    assert sizes == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "order"),
+    [
+        (SamplingSettings(), "top_probability"),
+        (SamplingSettings(amount="ancestral"), "random"),
+        (SamplingSettings(amount="ancestral", order="margin"), "margin"),
+        (SamplingSettings(order="random"), "random"),
+    ],
+)
+def test_ancestral_sampling_reveals_in_random_order(settings: SamplingSettings, order: str) -> None:
+    assert settings.policies(ModelConfig()).order == order
+    assert asdict(settings)["order"] == order
+
+
+class Counts(MaskedDiffusion):
+    """Writes how many positions are hidden, modulo 4; the surer, the later the position."""
+
+    def denoise(self, x_t: Tensor, **options: object) -> Tensor:
+        hidden_B11 = (x_t == MASK).sum(1)[:, None, None]
+        return torch.cat([hidden_B11.expand(*x_t.shape, 1), torch.arange(x_t.shape[1]).expand(x_t.shape)[..., None]], 2)
+
+    def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
+        symbols_MV = torch.nn.functional.one_hot(hidden_MD[:, 0] % 4, self.config.vocab_size)
+        return symbols_MV * (1.0 + hidden_MD[:, 1:])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("amount", ["even", "ancestral"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_it_is_known_when_every_sample_is_the_same(
+    order: OrderName, amount: Literal["even", "ancestral"], steps: int, temperature: float
+) -> None:
+    settings = SamplingSettings(order=order, amount=amount, steps=steps, temperature=temperature)
+    model = Counts(make_model().config)
+    final = sample(model, blank(300, 6), settings.policies(model.config), steps)
+    assert settings.always_the_same == (len(set(map(tuple, final.tokens_BL.tolist()))) == 1)
 
 
 @pytest.mark.parametrize(

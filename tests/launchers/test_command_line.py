@@ -126,6 +126,7 @@ def test_a_source_without_text_is_refused(refused: Callable[..., str], tmp_path:
     (tmp_path / "empty" / "latin.py").write_bytes(b"# caf\xe9\n")
     assert "holds no UTF-8 text" in refused("tokenize", "empty", "--out", "data")
     assert "does not exist" in refused("tokenize", "nowhere", "--out", "data")
+    assert "holds the working directory" in refused("tokenize", "empty", "--out", ".")
     (tmp_path / "x.bin").write_bytes(b"\0")
     assert "cannot be read as text" in refused("tokenize", "x.bin", "--out", "data")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
@@ -289,12 +290,31 @@ def test_samples_and_evaluations_that_do_not_fit_are_refused(
     assert "'humanevil' is not a task: use bound" in refused("eval", "run", "--task", "humanevil")
     assert "was not trained on toy functions" in refused("eval", "run", "--task", "toy_functions")
     assert "top_p=0.0 must" in refused("sample", "run", "--top-p", "0")
+    assert "would be the same at temperature 0: set --temperature" in refused(
+        "eval", "run", "--task", "demo_tasks", "--num-samples", "2"
+    )
     (tmp_path / "tasks.jsonl").write_text("{}\n")
     assert "tasks.jsonl:1: key 'task_id' is missing" in refused("eval", "run", "--task", "tasks.jsonl")
 
 
-def test_a_report_of_nothing_is_refused(refused: Callable[..., str]) -> None:
+def test_places_that_can_not_be_written_are_refused_before_the_work(
+    refused: Callable[..., str], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("launchers.evaluating.run_task", lambda *arguments: pytest.fail("it worked first"))
+    assert "folder can not be written (it is a folder)" in refused("eval", "run", "--json", "folder")
+    assert "file is not a folder" in refused("eval", "run", "--json", "file/scores.json")
+    assert "can not be written" in refused("report", "run", "--out", "file/r.html")
+    (tmp_path / "run" / "samples").touch()
+    assert "samples is not a folder" in refused("sample", "run")
+
+
+def test_a_report_of_nothing_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "nowhere" in refused("report", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty is not a run folder" in refused("report", "empty")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +324,9 @@ def test_a_report_of_nothing_is_refused(refused: Callable[..., str]) -> None:
         ["train"],
         ["tokenize", "x"],
         ["sample", "run", "--steps", "0"],
+        ["sample", "run", "--length", "0"],
+        ["eval", "run", "--length", "-1"],
+        ["eval", "run", "--batch-size", "0"],
         ["sample", "run", "--order", "alphabetical"],
         ["eval", "run", "--frobnicate"],
         ["bench", "everything"],
@@ -332,6 +355,11 @@ def test_from_text_to_a_measured_run(
     assert cli("train", path)[0] == 0
     code, out, _ = cli("sample", "run", "--prompt", "def f", "--num", "2", "--length", "24", "--steps", "4", "--trace")
     assert code == 0
+    few = ("sample", "run", "--prompt", "def f", "--num", "2", "--length", "24", "--steps", "4", "--trace")
+    assert cli(*few, "--batch-size", "1") == (0, out, "")
+    assert cli(*few, "--amount", "ancestral")[0] == 0
+    ancestral = json.loads((tmp_path / "run" / "samples" / "sample.json").read_text())
+    assert ancestral["settings"]["order"] == "random"
     assert "sample 2 of 2" in out
     kept = json.loads((tmp_path / "run" / "samples" / "sample.json").read_text())
     assert [s["prompt"] for s in kept["samples"]] == ["def f"] * 2

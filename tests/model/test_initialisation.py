@@ -71,15 +71,16 @@ def test_seeds_and_names_draw_different_weights() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_have_their_standard_deviations(tied: bool) -> None:
-    expected = {"attention.out": 0.02 / math.sqrt(2 * 3), "ffn.down": 0.02 / math.sqrt(2 * 3)}
-    expected["denoiser.embed"] = 0.02 if tied else 1.0
+    shared = dict.fromkeys(("attention.out", "ffn.down"), 1 / math.sqrt(2 * 3))
+    fixed = {"denoiser.embed.weight": 0.02 if tied else 1.0, "denoiser.head.weight": 0.02}
     for name, parameter in weights(replace(CONFIG, backbone=replace(BACKBONE, tie_embeddings=tied))).items():
         if name.endswith("bias"):
             assert not parameter.any()
         elif "norm" in name:
             assert (parameter == 1).all()
         else:
-            scale = next((v for k, v in expected.items() if name.endswith(f"{k}.weight")), 0.02)
+            part = next((v for k, v in shared.items() if name.endswith(f"{k}.weight")), 1.0)
+            scale = fixed.get(name, part / math.sqrt(parameter.shape[1]))
             assert stats.kstest((parameter / scale).flatten().double().numpy(), "norm").pvalue > 1e-4, name
 
 

@@ -1,6 +1,7 @@
 """Model settings: defaults that follow from others, and one sentence per problem."""
 
-from dataclasses import FrozenInstanceError
+import math
+from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
@@ -29,6 +30,16 @@ def test_defaults_have_no_problems() -> None:
         ({"dim": 0}, ["backbone.dim=0", "at least 1"]),
         ({"num_layers": 0}, ["backbone.num_layers=0", "at least 1"]),
         ({"num_heads": 0}, ["backbone.num_heads=0", "at least 1"]),
+        ({"num_kv_heads": 0}, ["backbone.num_kv_heads=0", "at least 1"]),
+        ({"num_kv_heads": -3}, ["backbone.num_kv_heads=-3", "at least 1"]),
+        ({"head_dim": 0}, ["backbone.head_dim=0", "at least 1"]),
+        ({"ffn_dim": 0}, ["backbone.ffn_dim=0", "at least 1"]),
+        ({"rope_theta": 0.0}, ["backbone.rope_theta=0.0", "positive"]),
+        ({"rope_theta": math.nan}, ["backbone.rope_theta=nan", "positive"]),
+        ({"norm_eps": -1e-6}, ["backbone.norm_eps=-1e-06", "positive"]),
+        ({"norm_eps": math.nan}, ["backbone.norm_eps=nan", "positive"]),
+        ({"power": math.nan}, ["schedule.power=nan", "positive"]),
+        ({"vocab_size": -1}, ["vocab_size=-1", "0 (as many as the tokenizer has)"]),
         ({"dim": 256, "num_heads": 6}, ["num_heads=6", "dim=256", "[1, 2, 4, 8, 16, 32, 64, 128]", "head_dim"]),
         ({"dim": 12, "num_heads": 4}, ["head_dim=3", "even"]),
         ({"num_heads": 4, "num_kv_heads": 3}, ["num_kv_heads=3", "num_heads=4", "[1, 2, 4]"]),
@@ -75,16 +86,26 @@ def test_the_tokenizer_fills_what_was_left_open() -> None:
     assert (filled.vocab_size, filled.mask_id) == (1000, 999)
     padded = ModelConfig(vocab_size=1024).with_vocabulary(1000, 999)
     assert (padded.vocab_size, padded.mask_id) == (1024, 999)
-    own = ModelConfig(vocab_size=1024, mask_id=1000).with_vocabulary(1000, 3)
-    assert (own.vocab_size, own.mask_id) == (1024, 1000)
+    agreed = ModelConfig(vocab_size=1024, mask_id=3).with_vocabulary(1000, 3)
+    assert (agreed.vocab_size, agreed.mask_id) == (1024, 3)
 
 
 @pytest.mark.parametrize(
-    ("config", "least"), [(ModelConfig(vocab_size=900), "1000"), (ModelConfig(mask_id=1000), "1001")]
+    ("config", "sentence"),
+    [
+        (ModelConfig(vocab_size=900), "1000 tokens but model.vocab_size=900: set .* to 0 or to at least 1000"),
+        (ModelConfig(mask_id=1000), "mask id is 999 but model.mask_id=1000: set model.mask_id=-1"),
+        (ModelConfig(mask_id=0), "mask id is 999 but model.mask_id=0: set model.mask_id=-1"),
+    ],
 )
-def test_a_tokenizer_that_does_not_fit_is_refused(config: ModelConfig, least: str) -> None:
-    with pytest.raises(ValueError, match=f"set model.vocab_size to 0 or to at least {least}"):
+def test_a_tokenizer_that_does_not_fit_is_refused(config: ModelConfig, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         config.with_vocabulary(1000, 999)
+
+
+def test_a_backbone_says_first_what_it_is() -> None:
+    first = fields(TransformerConfig)[0]
+    assert (first.name, first.default) == ("kind", "transformer")
 
 
 def test_settings_are_frozen() -> None:

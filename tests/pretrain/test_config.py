@@ -46,6 +46,10 @@ def test_every_inconsistency_is_listed_at_once() -> None:
         ("lr", "optim.lr"),
         ("model.backbone.heads", "model.backbone.num_heads"),
         ("data.lenght", "data.length"),
+        ("model.head", "model.backbone.head_dim"),
+        ("model.num_layers", "model.backbone.num_layers"),
+        ("optim.rl", "optim.lr"),
+        ("train.keep_last", "checkpoint.keep"),
     ],
 )
 def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
@@ -72,10 +76,35 @@ def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
         ("validation.num_sequences=0", "validation.num_sequences=0"),
         ("data.length=0", "data.length=0"),
         ("data.num_workers=-1", "data.num_workers=-1"),
+        ("optim.lr=.nan", "optim.lr=nan"),
+        ("optim.min_lr_ratio=.nan", "optim.min_lr_ratio=nan"),
+        ("train.clip_norm=.nan", "train.clip_norm=nan"),
+        ("train.ema_decay=.nan", "train.ema_decay=nan"),
+        ("name=", "name=''"),
+        ("name=a/b", "name='a/b' must be one name without separators"),
+        ("name=..", "name='..'"),
     ],
 )
 def test_bad_values_are_refused_by_name(override: str, part: str) -> None:
     assert part in problem(override)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"num_trees": 1}, "data.num_trees=1 must be at least 2"),
+        ({"num_trees": 0}, "data.num_trees=0 must be at least 2"),
+        ({"num_held_out": 0}, "data.num_held_out=0 must lie between 1 and 11999"),
+        ({"num_trees": 10, "num_held_out": 10}, "data.num_held_out=10 must lie between 1 and 9"),
+        ({"variants": 0}, "data.variants=0 must be at least 1"),
+        ({"vocab_size": 258}, "data.vocab_size=258 must be at least 259"),
+    ],
+)
+def test_toy_functions_must_be_some(settings: dict[str, int], part: str) -> None:
+    tree = {"name": "x", "data": {"kind": "toy_functions", **settings}, "train": {"batch_tokens": 96}}
+    with pytest.raises(ValueError, match=r".") as caught:
+        validate(tree)
+    assert str(caught.value).startswith(part)
 
 
 def test_overrides_reach_every_depth_and_keep_the_tree() -> None:

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 from eval.record import Record
+from pretrain.writable import check_writable
 
 
 def run_benchmark(name: str, *, repeats: int, json_file: Path | None) -> None:
     """Runs one benchmark, prints it and writes the record where asked."""
+    if json_file is not None:
+        check_writable(json_file)
     if name == "head":
         from .head import SETTINGS, measure
     else:

@@ -1,0 +1,69 @@
+"""What the hooks leave in a run's folder, and what they refuse before a run begins."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pretrain.config import RunConfig
+from pretrain.hooks.config_file import ConfigFile
+from pretrain.hooks.metrics import MetricsFile
+from pretrain.hooks.wandb import WandbRun
+from pretrain.state import TrainState
+from pretrain.train import train
+from pretrain.writable import check_writable
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(
+    tmp_path: Path, make_config: MakeConfig, name: str
+) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"{name} can not be written \(it is a folder\)"):
+        train(make_config(tmp_path / "run", "train.steps=1"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_what_is_write_protected_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(tmp_path)
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / name).touch(0o400)
+    with pytest.raises(ValueError, match="it is write-protected"):
+        MetricsFile(tmp_path / "metrics.jsonl", {})
+    with pytest.raises(ValueError, match="it is write-protected"):
+        ConfigFile(config)
+    (tmp_path / "closed").mkdir(0o500)
+    with pytest.raises(ValueError, match="closed is write-protected"):
+        check_writable(tmp_path / "closed" / "a" / "b")
+
+
+def test_looking_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable(None, tmp_path / "file", tmp_path / "new", tmp_path / "a" / "b" / "new")
+    with pytest.raises(ValueError, match="file is not a folder"):
+        check_writable(tmp_path / "new", tmp_path / "file" / "b" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_wandb_continues_a_run_by_an_id_of_its_own(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: opened.append(settings)))
+    for folder in ("a/run", "a/run", "b/run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        config = make_config(tmp_path / folder, "log.wandb_project=p")
+        WandbRun(config, {"parameters": 7}).on_start(TrainState(), resumed=False)
+    first, again, other = (settings["id"] for settings in opened)
+    assert first == again != other
+    assert (tmp_path / "a" / "run" / "wandb_id").read_text() == first
+    assert opened[0]["config"]["parameters"] == 7
+    assert opened[0]["config"]["model"]["backbone"]["dim"] == 32
+    assert [path.name for path in (tmp_path / "b" / "run").iterdir()] == ["wandb_id"]
