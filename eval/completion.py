@@ -105,6 +105,8 @@ def _complete_batch(
     for row, ids in enumerate(encoded):
         tokens_BL[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         prompt_BL[row, : len(ids)] = True
+    device = next(model.parameters()).device
+    tokens_BL, prompt_BL = tokens_BL.to(device), prompt_BL.to(device)
     state = SamplerState.start(tokens_BL, ~prompt_BL, mask_id=mask_id, seed=settings.seed, first_index=first_index)
     states = [state] if record_frames else []
     keep = states.append if record_frames else None

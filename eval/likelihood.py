@@ -30,6 +30,7 @@ def bound(
         num_sequences: rows to measure; None: all.
         num_draws: corruptions of each row, whose losses are averaged before rows are added up.
     """
+    device = next(model.parameters()).device
     model.eval()
     total = len(source) if num_sequences is None else min(num_sequences, len(source))
     sums = BoundSums()
@@ -39,6 +40,7 @@ def bound(
         loss_B = torch.zeros(len(index_B), dtype=torch.float64)
         for draw in range(num_draws):
             corruption = corrupt_uniform_count(batch, NoiseKey(seed, draw, index_B), model.config)
-            loss_B += model(batch, corruption, step=StepSchedule()).loss_B.double().cpu()
+            terms = model(batch.to(device), corruption.to(device), step=StepSchedule())
+            loss_B += terms.loss_B.double().cpu()
         sums.add(loss_B / num_draws, batch.maskable_BL.sum(1))
     return sums.estimate()

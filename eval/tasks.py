@@ -4,12 +4,12 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.toy_functions import write_tasks
 from pretrain.checkpoint.load import Loaded, load_for_evaluation
-from pretrain.config import RunConfig, ToyFunctionsData, load_config
+from pretrain.config import RunConfig, ShardData, ToyFunctionsData, load_config
 from pretrain.data import open_data, toy_corpus
 from pretrain.parallel.mesh import single_process
 
@@ -52,15 +52,13 @@ class EvaluatedRun:
 
 
 def open_run(folder: Path) -> EvaluatedRun:
-    """The newest good checkpoint of a run folder and its config.yaml.
+    """A checkpoint (a run folder stands for its newest good one) with the config.yaml of its run.
 
     Raises:
         ValueError: there is no such run.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not a run folder (it has no config.yaml): pass one such as runs/demo")
     loaded = load_for_evaluation(folder)
-    return EvaluatedRun(load_config(folder / "config.yaml"), loaded)
+    return EvaluatedRun(load_config(loaded.run / "config.yaml"), loaded)
 
 
 def run_task(task: str, run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
@@ -95,9 +93,19 @@ def _task_file(task: str) -> Path:
 
 
 def _bound(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
-    validation = open_data(run.config.data, single_process()).validation
+    config = run.config.data
+    if isinstance(config, ShardData):
+        config = replace(config, prepare=None)
+    data = open_data(config, single_process())
+    if data.tokenizer.sha256() != run.loaded.state.identity["data.tokenizer"]:
+        raise ValueError(
+            f"the data of {run.loaded.run} were made with another tokenizer since it was trained: restore them first"
+        )
+    validation = data.validation
     if validation is None:
-        raise ValueError(f"{run.config.data} has no held-out split: tokenise with a validation fraction above 0")
+        raise ValueError(
+            f"the data of {run.loaded.run} have no held-out split: tokenise with a validation fraction above 0"
+        )
     found = bound(
         run.loaded.model,
         validation,

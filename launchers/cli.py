@@ -18,7 +18,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.", metavar="RUN")]
+RunFolder = Annotated[
+    Path, typer.Argument(help="A run folder such as runs/demo, or one of its checkpoints/step-N.", metavar="RUN")
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the measurement to this file.", metavar="FILE")
 ]
@@ -229,7 +231,7 @@ def evaluate(
 
 @app.command()
 def report(
-    run: RunFolder,
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.", metavar="RUN")],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file.", show_default="RUN/report.html", metavar="FILE")
     ] = None,

@@ -11,7 +11,7 @@ from pretrain.writable import check_writable
 def run_evaluation(folder: Path, task: str, settings: EvaluationSettings, json_file: Path | None) -> None:
     """Scores a run; writes RUN/evaluations/TASK.json and, where asked, another copy."""
     run = open_run(folder)
-    kept = folder / "evaluations" / f"{task_name(task)}.json"
+    kept = run.loaded.run / "evaluations" / f"{task_name(task)}.json"
     check_writable(kept, json_file)
     record = Record({"run": str(folder), "task": task, "checkpoint": run.loaded.checkpoint.name, **asdict(settings)})
     results = run_task(task, run, settings, print)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from eval.completion import Completion, Frame, SamplingSettings, complete
 from eval.record import write_whole
-from eval.tasks import open_run
+from pretrain.checkpoint.load import load_for_evaluation
 from pretrain.writable import check_writable
 
 STYLES = {"prompt": "dim", "masked": "bright_black", "new": "bold green", "known": ""}
@@ -27,18 +27,17 @@ def run_sample(
     trace: bool,
 ) -> None:
     """Samples from a run and writes RUN/samples/sample.json."""
-    run = open_run(folder)
-    path = folder / "samples" / "sample.json"
+    loaded = load_for_evaluation(folder)
+    path = loaded.run / "samples" / "sample.json"
     check_writable(path)
-    tokenizer = run.loaded.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{run.loaded.checkpoint} has no tokenizer and can not write text")
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.checkpoint} has no tokenizer and can not write text")
     samples = complete(
-        run.loaded.model,
-        tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         [prompt] * num,
         settings,
-        length=length or run.config.data.length,
+        length=length or loaded.length,
         batch_size=batch_size,
         record_frames=True,
     )

@@ -1,5 +1,6 @@
 """Finding the newest good checkpoint, resuming an engine from it, and loading a model for evaluation."""
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -66,6 +67,11 @@ class Loaded:
     checkpoint: Path
 
     @property
+    def run(self) -> Path:
+        """The folder of the run that wrote the checkpoint."""
+        return Path(os.path.normpath(self.checkpoint / ".." / ".."))
+
+    @property
     def length(self) -> int:
         """Positions per row in training."""
         return int(self.state.identity["data.length"])
@@ -108,7 +114,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
 
 def _locate(run: Path) -> Path:
     if not run.is_dir():
-        raise ValueError(f"{run} does not exist: pass a run folder such as runs/demo")
+        raise ValueError(f"{run} is not a run folder (it does not exist): pass one such as runs/demo")
     if (run / "manifest.json").is_file() and (run / "tensors").is_dir():
         fault = damage(run)
         if fault:
@@ -117,7 +123,7 @@ def _locate(run: Path) -> Path:
         return run
     found = newest_good(run / CHECKPOINTS)
     if found is None:
-        raise ValueError(f"{run} has no usable checkpoint: train it first with `penumbra train`")
+        raise ValueError(f"{run} is not a run folder with a usable checkpoint: train it first with `penumbra train`")
     return found
 
 

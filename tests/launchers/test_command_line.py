@@ -278,8 +278,28 @@ def test_a_run_without_a_good_checkpoint_is_refused(cli: Cli, tmp_path: Path, fi
     code, _, errors = cli("sample", "run")
     assert code == 2
     assert "passing over checkpoint step-00000002" in errors
-    assert "run has no usable checkpoint: train it first" in errors
+    assert "run is not a run folder with a usable checkpoint: train it first" in errors
     assert "Traceback" not in errors
+
+
+def test_one_checkpoint_of_a_run_serves_as_the_run(cli: Cli, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    code, out, errors = cli("eval", "run/checkpoints/step-00000002", "--limit", "4", "--json", "bound.json")
+    assert (code, errors) == (0, "")
+    assert "written to run/evaluations/bound.json" in out
+    code, _, errors = cli("sample", "run/checkpoints/step-00000002", "--steps", "4")
+    assert (code, errors) == (0, "")
+    assert (tmp_path / "run" / "samples" / "sample.json").is_file()
+
+
+def test_data_made_anew_with_another_tokenizer_is_not_measured(
+    refused: Callable[..., str], tmp_path: Path, documents: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    tokenize(str(documents), tokenizer="bytes", out=tmp_path / "data", validation_fraction=0.2)
+    train(make_config(tmp_path / "run", "train.steps=1", f"data.path={tmp_path / 'data'}"))
+    arguments = {"tokenizer": "bpe:259", "validation_fraction": 0.2, "overwrite": True}
+    tokenize(str(documents), out=tmp_path / "data", **arguments)  # type: ignore[arg-type]
+    assert "were made with another tokenizer" in refused("eval", "run")
 
 
 def test_samples_and_evaluations_that_do_not_fit_are_refused(

@@ -265,7 +265,7 @@ def test_tokenizer_and_model_travel(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 
 def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist: pass a run folder"):
+    with pytest.raises(ValueError, match="it does not exist.: pass one such as"):
         load_for_evaluation(tmp_path / "none")
     with pytest.raises(ValueError, match="has no usable checkpoint: train it first"):
         load_for_evaluation(tmp_path)
