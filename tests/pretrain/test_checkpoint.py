@@ -265,9 +265,9 @@ def test_tokenizer_and_model_travel(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 
 def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it does not exist.: pass one such as"):
+    with pytest.raises(ValueError, match=r"is not a run folder \(it does not exist\)"):
         load_for_evaluation(tmp_path / "none")
-    with pytest.raises(ValueError, match="has no usable checkpoint: train it first"):
+    with pytest.raises(ValueError, match="is not a run folder with a usable checkpoint: train it first"):
         load_for_evaluation(tmp_path)
 
 
