@@ -1,5 +1,6 @@
 """`make demo`: the whole way from source text to a report, as a user would type it, in minutes on two cores."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ PROMPT = "def read_lines(path):\n"
 
 def penumbra(*arguments: str) -> None:
     """Runs one command in a process of its own and shows it."""
-    print(f"\n$ penumbra {' '.join(arguments)}", flush=True)
+    print(f"\n$ penumbra {shlex.join(arguments)}", flush=True)
     if subprocess.run([sys.executable, "-m", "launchers.cli", *arguments]).returncode:
         raise ValueError(f"`penumbra {' '.join(arguments)}` did not succeed: see its message above")
 
@@ -40,11 +41,11 @@ def main() -> None:
         raise ValueError(f"{RUN} exists: `rm -r {RUN}` removes it, or `penumbra train demo` continues it")
     if not DATA.exists():
         penumbra("tokenize", "stdlib", "--tokenizer", "bytes", "--out", str(DATA))
-    interrupted_training(after_step=200)
+    interrupted_training(after_step=300)
     penumbra("train", "demo")
     penumbra("eval", str(RUN), "--task", "bound", "--num-draws", "2", "--limit", "128")
     penumbra(
-        "sample", str(RUN), "--prompt", PROMPT, "--length", "96", "--steps", "48", "--trace", "--temperature", "0.7"
+        "sample", str(RUN), "--prompt", PROMPT, "--length", "192", "--steps", "96", "--amount", "ancestral", "--trace"
     )
     penumbra("eval", str(RUN), "--task", "demo_tasks")
     penumbra("report", str(RUN))

@@ -24,7 +24,7 @@ def demo() -> RunConfig:
         ),
         model=ModelConfig(backbone=TransformerConfig(dim=128, num_layers=4, num_heads=4)),
         optim=OptimConfig(lr=3e-3, warmup_steps=40, weight_decay=0.05),
-        train=TrainConfig(steps=600, batch_tokens=4096, ema_decay=0.99),
+        train=TrainConfig(steps=900, batch_tokens=4096, ema_decay=0.99),
         validation=ValidationConfig(every=100, num_sequences=64),
         checkpoint=CheckpointConfig(every=100),
     )
