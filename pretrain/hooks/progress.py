@@ -25,9 +25,8 @@ class ProgressLine(Hook):
         """Says where the run stands."""
         self.started, self.first, self.printed = time.monotonic(), state.step, 0.0
         if state.step >= self.total:
-            self._line(
-                f"{self.name}: finished at step {state.step}; raise train.steps to train on, or repeat it with folder=..."
-            )
+            again = "raise train.steps to train on, or repeat it with folder=..."
+            self._line(f"{self.name}: finished at step {state.step}; {again}")
         elif resumed:
             self._line(f"{self.name}: resuming at step {state.step} of {self.total}")
 
