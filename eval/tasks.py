@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.toy_functions import write_tasks
 from pretrain.checkpoint.load import Loaded, load_for_evaluation
 from pretrain.config import RunConfig, ShardData, ToyFunctionsData, load_config
-from pretrain.data import open_data, toy_corpus
+from pretrain.data import Data, open_data, toy_corpus
 from pretrain.parallel.mesh import single_process
 
 from .code.nearest import NearestExample
@@ -92,15 +92,23 @@ def _task_file(task: str) -> Path:
     return Path(task)
 
 
-def _bound(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
+def _trained_data(run: EvaluatedRun) -> Data:
+    """What the run was trained on; data that have changed since could hold out what it has seen."""
     config = run.config.data
     if isinstance(config, ShardData):
         config = replace(config, prepare=None)
     data = open_data(config, single_process())
-    if data.tokenizer.sha256() != run.loaded.state.identity["data.tokenizer"]:
+    identity = run.loaded.state.identity
+    if data.tokenizer.sha256() != identity["data.tokenizer"] or len(data.train) != identity["data.rows"]:
         raise ValueError(
-            f"the data of {run.loaded.run} were made with another tokenizer since it was trained: restore them first"
+            f"the data of {run.loaded.run} have changed since it was trained (another tokenizer, or other rows): "
+            "restore them, or train it anew"
         )
+    return data
+
+
+def _bound(run: EvaluatedRun, settings: EvaluationSettings, say: Say) -> Results:
+    data = _trained_data(run)
     validation = data.validation
     if validation is None:
         raise ValueError(
@@ -125,6 +133,7 @@ def _toy_functions(run: EvaluatedRun, settings: EvaluationSettings, say: Say) ->
     data = run.config.data
     if not isinstance(data, ToyFunctionsData):
         raise ValueError(f"the run {run.config.name!r} was not trained on toy functions: use a run of that recipe")
+    _trained_data(run)
     corpus = toy_corpus(data)
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(corpus.held_out, Path(folder) / "tasks.jsonl")

@@ -299,7 +299,7 @@ def test_data_made_anew_with_another_tokenizer_is_not_measured(
     train(make_config(tmp_path / "run", "train.steps=1", f"data.path={tmp_path / 'data'}"))
     arguments = {"tokenizer": "bpe:259", "validation_fraction": 0.2, "overwrite": True}
     tokenize(str(documents), out=tmp_path / "data", **arguments)  # type: ignore[arg-type]
-    assert "were made with another tokenizer" in refused("eval", "run")
+    assert "have changed since it was trained" in refused("eval", "run")
 
 
 def test_samples_and_evaluations_that_do_not_fit_are_refused(
