@@ -37,7 +37,7 @@ class Order:
         """Source indices at global sample positions, int64 of the same shape."""
         assert np.all(positions >= 0), "positions count from 0"
         epochs, index = np.divmod(positions.astype(np.int64, copy=False), self.length)
-        keys = _mix(epochs.astype(np.uint64) ^ np.uint64(_mix_int(self.seed & WORD)))
+        keys = mix(epochs.astype(np.uint64) ^ np.uint64(_mix_int(self.seed & WORD)))
         index = self._permute(index, keys)
         while np.any(outside := index >= self.length):
             index[outside] = self._permute(index[outside], keys[outside])
@@ -48,16 +48,16 @@ class Order:
         row, column = (part.astype(np.uint64) for part in np.divmod(index, self._num_columns))
         num_rows, num_columns = np.uint64(self._num_rows), np.uint64(self._num_columns)
         for number in range(0, NUM_ROUNDS, 2):
-            row = (row + _mix(column + _round_keys(keys, number)) % num_rows) % num_rows
-            column = (column + _mix(row + _round_keys(keys, number + 1)) % num_columns) % num_columns
+            row = (row + mix(column + _round_keys(keys, number)) % num_rows) % num_rows
+            column = (column + mix(row + _round_keys(keys, number + 1)) % num_columns) % num_columns
         return (row * num_columns + column).astype(np.int64)
 
 
 def _round_keys(keys: UInt64Array, number: int) -> UInt64Array:
-    return _mix(keys + np.uint64(number * GOLDEN & WORD))
+    return mix(keys + np.uint64(number * GOLDEN & WORD))
 
 
-def _mix(values: UInt64Array) -> UInt64Array:
+def mix(values: UInt64Array) -> UInt64Array:
     """The output function of SplitMix64 (Steele, Lea and Flood, 2014), elementwise modulo 2^64."""
     values = values + np.uint64(GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -66,4 +66,4 @@ def _mix(values: UInt64Array) -> UInt64Array:
 
 
 def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value], np.uint64))[0])
+    return int(mix(np.array([value], np.uint64))[0])

@@ -46,13 +46,19 @@ class Tokenizer:
         return _from_json, (self._json,)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text; ValueError for a word without a token, where none is for unknown words."""
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exceptions
+            raise self._unknown_word([text]) from error
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; the library spreads the work over threads."""
-        return [item.ids for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        """Token ids of each text, as `encode` gives them; the library spreads the work over threads."""
+        try:
+            return [item.ids for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exceptions
+            raise self._unknown_word(texts) from error
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """The text of token ids; ids without a token are left out, special tokens too unless keep_special."""
@@ -62,6 +68,12 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """What one token reads as, for displays; a piece of a character reads as U+FFFD."""
         return self.decode([token_id], keep_special=True)
+
+    def _unknown_word(self, texts: Sequence[str]) -> ValueError:
+        known = self._backend.get_vocab(with_added_tokens=False)
+        unknown = [word for text in texts for word in text.split() if word not in known] or list(texts)
+        first, last = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+        return ValueError(f"no token reads as {unknown[0]!r}; legal words, with blanks between: {first} to {last}")
 
     def sha256(self) -> str:
         """Digest of tokenizer.json as saved, which stays what it was under other versions of the library."""
@@ -110,6 +122,18 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     if kind == "bpe" or not Path(spec).exists():
         raise ValueError(f"unknown tokenizer {spec!r}; legal: {LEGAL_SPECS}")
     return Tokenizer.load(Path(spec))
+
+
+def value_tokenizer(num_values: int) -> Tokenizer:
+    """The tokenizer of data that is made of numbers: id n reads as the text "n", blanks between, specials after them.
+
+    Text with any other word is refused by a ValueError, and so are fewer than one value.
+    """
+    if num_values < 1:
+        raise ValueError(f"a tokenizer of {num_values} values has no tokens; give at least 1 value")
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab={str(value): value for value in range(num_values)}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend)
 
 
 def _from_json(text: str) -> Tokenizer:

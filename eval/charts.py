@@ -31,7 +31,7 @@ def chart(
     validation: Sequence[Row] = (),
     floor: float | None = None,
 ) -> Chart | None:
-    """A column of `rows` against the step, raw and smoothed, with bounds as points; None if none is finite.
+    """A column of `rows` against the step, raw and smoothed, None if none is finite; validation values as points.
 
     The vertical axis starts at `floor` if given and leaves out the outermost half percent of the raw values.
     """
@@ -40,9 +40,8 @@ def chart(
         return None
     steps, values = np.array(pairs, dtype=float).T
     smooth = smoothed(values)
-    points = [row for row in validation if finite([row], "nelbo")]
-    errors = [row.get("nelbo_error") or 0.0 for row in points]
-    ends = [row["nelbo"] + side * error for row, error in zip(points, errors) for side in (-1, 1)]
+    points = [row for row in validation if finite([row], "value")]
+    ends = [row["value"] + side * row["error"] for row in points for side in (-1, 1)]
     reach = np.concatenate([np.quantile(values, (0.005, 0.995)), smooth, ends])
     low, high = float(reach.min() if floor is None else floor), float(reach.max())
     margin = 0.05 * (high - low) or abs(high) or 1.0
@@ -57,12 +56,12 @@ def chart(
         points=[
             {
                 "x": _place(row["step"], horizontal),
-                "y": _place(row["nelbo"], vertical),
-                "top": _place(row["nelbo"] + error, vertical),
-                "bottom": _place(row["nelbo"] - error, vertical),
-                "title": f"step {row['step']}: {row['nelbo']:.4f} +- {error:.4f}",
+                "y": _place(row["value"], vertical),
+                "top": _place(row["value"] + row["error"], vertical),
+                "bottom": _place(row["value"] - row["error"], vertical),
+                "title": f"step {row['step']}: {row['value']:.4f} +- {row['error']:.4f}",
             }
-            for row, error in zip(points, errors)
+            for row in points
         ],
     )
 

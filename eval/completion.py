@@ -1,7 +1,7 @@
 """Text in, text out: prompts become canvases with masked room behind them, and samples become completions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,8 @@ from model.diffusion import MaskedDiffusion
 
 from .sampling.amount import Ancestral, Even
 from .sampling.choice import TokenChoice
+from .sampling.hints import HintPolicy
+from .sampling.latents import LatentPolicy
 from .sampling.loop import Policies, sample
 from .sampling.order import OrderName
 from .sampling.state import SamplerState
@@ -20,39 +22,61 @@ Frame = list[tuple[str, str]]
 """One picture of a sample: (token text, prompt | masked | new | known) by position."""
 
 
+DEFAULT_STEPS = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
     """What a command may choose about sampling; written into every result.
 
-    order: None becomes top_probability with an even amount, and random with the ancestral one.
+    Args:
+        steps: most denoising steps of a block; None: 64, or one for every token of an autoregressive model.
+        order: None: left_to_right for an autoregressive model, random with the ancestral amount, else top_probability.
+        latent: where z comes from after a block's first step.
+        hints: how many hints a step averages over.
+        hint_estimate: how z0 is estimated for the next hint.
     """
 
-    steps: int = 64
+    steps: int | None = None
     amount: Literal["even", "ancestral"] = "even"
     order: OrderName | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    latent: LatentPolicy = "kept"
+    hints: int = 1
+    hint_estimate: Literal["soft", "hard"] = "hard"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.order is None:
-            object.__setattr__(self, "order", "random" if self.amount == "ancestral" else "top_probability")
 
     @property
     def always_the_same(self) -> bool:
-        """Whether every sample of a prompt is the same text, whatever its draws."""
+        """Whether a model without latent and hints writes the same text for a prompt, whatever its draws."""
         same_places = self.steps == 1 or (self.amount == "even" and self.order != "random")
         return self.temperature == 0 and same_places
 
-    def policies(self, model: ModelConfig) -> Policies:
+    def for_model(self, model: ModelConfig) -> "SamplingSettings":
+        """The same, with what was left open decided."""
+        steps = None if model.autoregressive else DEFAULT_STEPS
+        order: OrderName = "random" if self.amount == "ancestral" else "top_probability"
+        if model.autoregressive:
+            order = "left_to_right"
+        return replace(self, steps=self.steps or steps, order=self.order or order)
+
+    def policies(self, model: ModelConfig, *, stop_id: int | None = None) -> Policies:
         """The policies of these settings.
 
         Raises:
-            ValueError: a temperature or top_p out of range.
+            ValueError: a temperature, top_p or number of hints out of range.
         """
-        amount = Ancestral(model.schedule) if self.amount == "ancestral" else Even()
-        assert self.order is not None
-        return Policies(amount, self.order, TokenChoice(self.temperature, self.top_p))
+        order = self.for_model(model).order
+        assert order is not None
+        return Policies(
+            amount=Ancestral(model.schedule) if self.amount == "ancestral" else Even(),
+            order=order,
+            choice=TokenChoice(self.temperature, self.top_p),
+            latent=self.latent,
+            hints=HintPolicy(self.hints, self.hint_estimate),
+            stop_id=stop_id,
+        )
 
 
 @dataclass
@@ -74,11 +98,13 @@ def complete(
     batch_size: int = 32,
     record_frames: bool = False,
 ) -> list[Completion]:
-    """Completes each prompt on a canvas of `length` positions, prompt included.
+    """Completes each prompt on a canvas of `length` positions, prompt included, rounded up to whole blocks.
 
     Raises:
-        ValueError: a prompt leaves no room on the canvas.
+        ValueError: a prompt leaves no room on the canvas, or the model can not be sampled like that.
     """
+    block_size = model.config.block_size or 1
+    length = -(-length // block_size) * block_size
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max((len(ids) for ids in encoded), default=0)
     if longest >= length:
@@ -110,11 +136,12 @@ def _complete_batch(
     state = SamplerState.start(tokens_BL, ~prompt_BL, mask_id=mask_id, seed=settings.seed, first_index=first_index)
     states = [state] if record_frames else []
     keep = states.append if record_frames else None
-    final = sample(model, state, settings.policies(model.config), settings.steps, on_step=keep)
+    policies = settings.policies(model.config, stop_id=tokenizer.end_id)
+    final = sample(model, state, policies, settings.for_model(model.config).steps or length, on_step=keep)
     completions = []
     for row, ids in enumerate(encoded):
         text = tokenizer.decode(_until_end(final.tokens_BL[row, len(ids) :].tolist(), tokenizer.end_id))
-        frames = [_frame(states, n, row, len(ids), tokenizer) for n in range(len(states))]
+        frames = _frames([*states, final], row, len(ids), tokenizer) if record_frames else []
         completions.append(Completion(tokenizer.decode(ids), text, frames))
     return completions
 
@@ -123,17 +150,24 @@ def _until_end(ids: list[int], end_id: int) -> list[int]:
     return ids[: ids.index(end_id)] if end_id in ids else ids
 
 
-def _frame(states: list[SamplerState], n: int, row: int, num_prompt: int, tokenizer: Tokenizer) -> Frame:
-    now = states[n]
-    before = states[n - 1].masked_BL[row].tolist() if n else now.masked_BL[row].tolist()
+def _frames(states: list[SamplerState], row: int, num_prompt: int, tokenizer: Tokenizer) -> list[Frame]:
+    """The start, and every step that revealed something in this row, whatever the others of its batch did."""
+    shown = states[:1]
+    for state in states:
+        if not torch.equal(state.masked_BL[row], shown[-1].masked_BL[row]):
+            shown.append(state)
+    return [_frame(shown[max(0, n - 1)], now, row, num_prompt, tokenizer) for n, now in enumerate(shown)]
+
+
+def _frame(before: SamplerState, now: SamplerState, row: int, num_prompt: int, tokenizer: Tokenizer) -> Frame:
     frame: Frame = []
-    masked = now.masked_BL[row].tolist()
+    masked, was_masked = now.masked_BL[row].tolist(), before.masked_BL[row].tolist()
     for position, token in enumerate(now.tokens_BL[row].tolist()):
         if position < num_prompt:
             kind = "prompt"
         elif masked[position]:
             kind = "masked"
         else:
-            kind = "new" if before[position] else "known"
+            kind = "new" if was_masked[position] else "known"
         frame.append((tokenizer.token_text(token), kind))
     return frame

@@ -91,13 +91,19 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row], list[Row]]:
         if kind == "train":
             train[step] = row
         elif kind == "validation":
-            validation[step] = row
+            validation[step] = _validation_row(row)
         elif kind == "event":
             events.append(row)
             if row.get("event") == "resume":
                 train = {s: kept for s, kept in train.items() if s <= step}
                 validation = {s: kept for s, kept in validation.items() if s <= step}
     return [train[s] for s in sorted(train)], [validation[s] for s in sorted(validation)], events
+
+
+def _validation_row(row: Row) -> Row:
+    """Step, kind, value and error of a validation, whatever it measured."""
+    kind = row.get("bound", "nelbo")
+    return {"step": row["step"], "kind": kind, "value": row.get(kind), "error": row.get(f"{kind}_error") or 0.0}
 
 
 def _read_text(path: Path) -> str:
@@ -158,16 +164,27 @@ def key_figures(record: RunRecord) -> list[Figure]:
 
 
 def _bound_figure(record: RunRecord) -> list[Figure]:
-    for evaluation in record.evaluations.values():
-        bound = evaluation.get("results", {}).get("bound.nelbo")
-        if bound is not None:
-            break
-    else:
-        if not record.validation:
-            return []
-        bound = record.validation[-1]["nelbo"]
-    perplexity = f"perplexity at most {short(math.exp(bound))}" if bound < 700 else ""
-    return [Figure(label="bound, nats per token", value=f"{bound:.3f}", note=perplexity)]
+    """The first bound of the evaluations, else the first value that is none, else the last validation's."""
+    found = [
+        (key.removeprefix("bound."), value)
+        for evaluation in record.evaluations.values()
+        for key, value in evaluation.get("results", {}).items()
+        if key.startswith("bound.") and not key.endswith(("_error", ".tokens"))
+    ]
+    if not found:
+        found = [(row["kind"], row["value"]) for row in record.validation[-1:] if finite([row], "value")]
+    if not found:
+        return []
+    kind, value = next((pair for pair in found if bound_name(pair[0]) == "bound"), found[0])
+    is_bound = bound_name(kind) == "bound" and value < 700
+    note = f"perplexity at most {short(math.exp(value))}" if is_bound else ""
+    return [Figure(label=f"{bound_name(kind)}, nats per token", value=f"{value:.3f}", note=note)]
+
+
+def bound_name(kind: str) -> str:
+    """What a reader may take a value for: only the relatives of `nelbo` bound -log p (docs/errata.md)."""
+    others = {"delbo": "delbo (not a bound)", "nll_discrete": "discrete part (not a bound)"}
+    return others.get(kind, "bound" if kind.startswith("nelbo") else f"{kind} (not a bound)")
 
 
 def pack_sample(sample: Row) -> Row:
@@ -240,6 +257,10 @@ def render(record: RunRecord) -> str:
         speed=chart(rows, "tokens_per_second", resumes=resumes, floor=0.0),
         gradient=chart(rows, "grad_norm", resumes=resumes, floor=0.0),
         rate=chart(rows, "lr", resumes=resumes, floor=0.0),
+        kl=chart(rows, "kl", resumes=resumes, floor=0.0),
+        active_units=chart(rows, "active_units", resumes=resumes, floor=0.0),
+        information=chart(rows, "mutual_information", resumes=resumes, floor=0.0),
+        validated=bound_name(record.validation[-1]["kind"]) if record.validation else "bound",
         samples=[pack_sample(sample) for sample in record.samples[:SAMPLES_SHOWN]],
         states=STATES,
         measurements=measurements,

@@ -2,11 +2,16 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pretrain.refusal import run_or_refuse
+
+from .options import with_sampling
+
+if TYPE_CHECKING:
+    from eval.completion import SamplingSettings
 
 app = typer.Typer(
     name="penumbra",
@@ -26,36 +31,6 @@ JsonFile = Annotated[
 ]
 
 
-class RevealOrder(StrEnum):
-    """Which masked positions are revealed first."""
-
-    random = "random"
-    top_probability = "top_probability"
-    margin = "margin"
-    entropy = "entropy"
-
-
-class RevealAmount(StrEnum):
-    """How many positions a step reveals."""
-
-    even = "even"
-    ancestral = "ancestral"
-
-
-Steps = Annotated[int, typer.Option(help="Network calls per sample.", min=1)]
-Order = Annotated[
-    RevealOrder | None,
-    typer.Option(
-        help="Which masked positions are revealed first.", show_default="top_probability; random if ancestral"
-    ),
-]
-Amount = Annotated[
-    RevealAmount,
-    typer.Option(help="Positions per step: the same number, or as the reverse process draws (in random order)."),
-]
-Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)]
-TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.", max=1.0)]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
 Length = Annotated[
     int | None, typer.Option(help="Canvas in tokens, prompt included.", min=1, show_default="the trained length")
 ]
@@ -151,41 +126,33 @@ def train(
 
 
 @app.command()
+@with_sampling(temperature=1.0)
 def sample(
     run: RunFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     num: Annotated[int, typer.Option(help="How many samples.", min=1)] = 1,
-    steps: Steps = 64,
-    order: Order = None,
-    amount: Amount = RevealAmount.even,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
     length: Length = None,
-    seed: Seed = 0,
     batch_size: BatchSize = 32,
     trace: Annotated[bool, typer.Option("--trace", help="Print the text at several steps of its unmasking.")] = False,
+    *,
+    sampling: "SamplingSettings",
 ) -> None:
     """Sample from a run; the unmasking is kept in RUN/samples for the report."""
-    from eval.completion import SamplingSettings
-
     from .sampling import run_sample
 
-    settings = SamplingSettings(
-        steps=steps,
-        amount=amount.value,
-        order=order.value if order else None,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    run_sample(run, prompt, num, settings, length=length, batch_size=batch_size, trace=trace)
+    run_sample(run, prompt, num, sampling, length=length, batch_size=batch_size, trace=trace)
 
 
 @app.command("eval")
+@with_sampling()
 def evaluate(
     run: RunFolder,
     task: Annotated[
-        str, typer.Option(help="bound, toy_functions, demo_tasks, humaneval, or a HumanEval-format .jsonl file.")
+        str,
+        typer.Option(
+            help="bound (what training estimates); nelbo, nelbo_steps, nelbo_kept, delbo, nll_discrete; toy_functions, "
+            "demo_tasks, humaneval, or a HumanEval-format .jsonl file."
+        ),
     ] = "bound",
     json: JsonFile = None,
     num_samples: Annotated[int, typer.Option(help="Completions per code task.", min=1)] = 1,
@@ -193,36 +160,27 @@ def evaluate(
         int | None, typer.Option(help="Use only the first so many tasks or rows.", min=1, show_default="all")
     ] = None,
     num_draws: Annotated[int, typer.Option(help="Noise draws per row of the bound.", min=1)] = 4,
-    steps: Steps = 64,
-    order: Order = None,
-    amount: Amount = RevealAmount.even,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
+    num_latents: Annotated[
+        int, typer.Option(help="Samples of z inside the logarithm of nelbo, nelbo_steps and delbo.", min=1)
+    ] = 100,
     length: Length = None,
-    seed: Seed = 0,
     batch_size: BatchSize = 32,
     seconds: Annotated[float, typer.Option(help="Time limit of one program.", min=0.1)] = 5.0,
+    *,
+    sampling: "SamplingSettings",
 ) -> None:
     """Measure a run: its likelihood bound on held-out data, or pass@1 on code tasks."""
-    from eval.completion import SamplingSettings
     from eval.tasks import EvaluationSettings
 
     from .evaluating import run_evaluation
 
-    sampling = SamplingSettings(
-        steps=steps,
-        amount=amount.value,
-        order=order.value if order else None,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
     settings = EvaluationSettings(
         sampling=sampling,
         num_samples=num_samples,
         length=length,
         limit=limit,
         num_draws=num_draws,
+        num_latents=num_latents,
         batch_size=batch_size,
         seconds=seconds,
     )
@@ -247,13 +205,17 @@ class Benchmark(StrEnum):
 
     head = "head"
     step = "step"
+    objectives = "objectives"
 
 
 @app.command()
 def bench(
     what: Annotated[
         Benchmark,
-        typer.Argument(help="head: loss and gradient of the head; step: a training step against transformers' Qwen2."),
+        typer.Argument(
+            help="head: loss and gradient of the head; step: a training step against transformers' Qwen2; "
+            "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling."
+        ),
     ],
     json: JsonFile = None,
     repeats: Annotated[int, typer.Option(help="Timed repetitions; medians are reported.", min=1)] = 5,
@@ -262,6 +224,40 @@ def bench(
     from tools.bench import run_benchmark
 
     run_benchmark(what.value, repeats=repeats, json_file=json)
+
+
+class ReproduceBudget(StrEnum):
+    """How long a reproduction may train."""
+
+    quick = "quick"
+    full = "full"
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="A table or figure of the papers.", metavar="NAME", show_default="list them")
+    ] = None,
+    budget: Annotated[
+        ReproduceBudget, typer.Option(help="quick: minutes on two cores; full: up to 20 minutes a model.")
+    ] = ReproduceBudget.quick,
+    seeds: Annotated[
+        int, typer.Option(help="Runs of every model; with several: mean, standard deviation and paired tests.", min=1)
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for NAME.json, NAME.md and figures.", show_default="runs/reproduce/NAME-BUDGET"),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Train what a table of the papers needs, and print our numbers beside the paper's; run it again to go on."""
+    from tools.reproduce import list_reproductions
+    from tools.reproduce import reproduce as run_reproduction
+
+    if name is None:
+        print(list_reproductions())
+    else:
+        run_reproduction(name, budget.value, seeds=seeds, out=out, json_file=json)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Recipes as text: a list with sizes, or every setting of one with its meaning."""
 
-import inspect
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,10 +9,9 @@ from pretrain.recipes import build, recipes
 def list_recipes() -> str:
     """One line per recipe: name, row length, batch, steps, summary."""
     rows = []
-    for name, function in recipes().items():
-        config = function()
-        summary = (inspect.getdoc(function) or "").partition("\n")[0]
-        rows.append((name, config.data.length, config.train.batch_tokens, config.train.steps, summary))
+    for name, recipe in recipes().items():
+        config = recipe.build()
+        rows.append((name, config.data.length, config.train.batch_tokens, config.train.steps, recipe.summary))
     width = max(len(row[0]) for row in rows)
     lines = [f"{'recipe':<{width}}  {'length':>6}  {'tokens/step':>11}  {'steps':>9}"]
     lines += [f"{n:<{width}}  {length:>6}  {tokens:>11,}  {steps:>9,}  {doc}" for n, length, tokens, steps, doc in rows]

@@ -1,6 +1,6 @@
 """`penumbra eval`: runs one task, prints it, and keeps the record beside the run."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from eval.record import Record
@@ -13,6 +13,7 @@ def run_evaluation(folder: Path, task: str, settings: EvaluationSettings, json_f
     run = open_run(folder)
     kept = run.loaded.run / "evaluations" / f"{task_name(task)}.json"
     check_writable(kept, json_file)
+    settings = replace(settings, sampling=settings.sampling.for_model(run.loaded.model.config))
     record = Record({"run": str(folder), "task": task, "checkpoint": run.loaded.checkpoint.name, **asdict(settings)})
     results = run_task(task, run, settings, print)
     record.write(results, kept, json_file)

@@ -32,6 +32,7 @@ def run_sample(
     check_writable(path)
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.checkpoint} has no tokenizer and can not write text")
+    settings = settings.for_model(loaded.model.config)
     samples = complete(
         loaded.model,
         loaded.tokenizer,

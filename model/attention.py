@@ -17,6 +17,15 @@ class KVCache:
     """Keys and values of positions already processed, one pair per layer, each [B, S, G, K]."""
 
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    frozen: bool = False
+
+    def reading(self) -> "KVCache":
+        """The same keys and values; what is seen through it is not kept (a block that is still being denoised)."""
+        return KVCache(self.layers, frozen=True)
+
+    def rows(self, index_B: Tensor) -> "KVCache":
+        """The cache of some of the sequences."""
+        return KVCache([(key[index_B], value[index_B]) for key, value in self.layers], self.frozen)
 
     @property
     def length(self) -> int:
@@ -24,13 +33,13 @@ class KVCache:
         return self.layers[0][0].shape[1] if self.layers else 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends new positions to a layer and returns all of its keys and values."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        else:
+        """All keys and values of a layer, new positions included, which are kept unless frozen."""
+        if layer < len(self.layers):
             old_key, old_value = self.layers[layer]
-            self.layers[layer] = (torch.cat((old_key, key), dim=1), torch.cat((old_value, value), dim=1))
-        return self.layers[layer]
+            key, value = torch.cat((old_key, key), dim=1), torch.cat((old_value, value), dim=1)
+        if not self.frozen:
+            self.layers[layer:] = [(key, value), *self.layers[layer + 1 :]]
+        return key, value
 
 
 @dataclass(frozen=True)

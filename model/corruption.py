@@ -77,6 +77,7 @@ class Corruption:
         sequence_M: the sequence of each row.
         targets_M: the clean token at each row.
         weight_M: float32 weight of each row's cross-entropy; 0 for padding rows.
+        weight_BS: float32 weight of each segment, in which its KL counts too.
         maskable_B: positions of each sequence that the bound counts.
         num_masked: how many rows are real.
         normalize_by: which of the two counts divides the summed loss.
@@ -90,10 +91,26 @@ class Corruption:
     sequence_M: Tensor
     targets_M: Tensor
     weight_M: Tensor
+    weight_BS: Tensor
     maskable_B: Tensor
     num_masked: int
     normalize_by: Literal["maskable", "masked"]
     key: NoiseKey
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return self.t_BS.shape[1]
+
+    @property
+    def hidden_BS(self) -> Tensor:
+        """Segments in which something is masked, bool: only there does a latent cost anything."""
+        return self.masked_BL.unflatten(1, (self.num_segments, -1)).any(2)
+
+    def segment_of(self, rows_M: Tensor) -> Tensor:
+        """The segment of each row of the flattened positions."""
+        length = self.masked_BL.shape[1]
+        return rows_M % length // (length // self.num_segments)
 
     @property
     def num_maskable(self) -> int:
@@ -125,6 +142,7 @@ class Corruption:
             sequence_M=sequence_M,
             targets_M=targets_M,
             weight_M=weight_M,
+            weight_BS=self.weight_BS[start:stop],
             maskable_B=self.maskable_B[start:stop],
             num_masked=last - first,
             key=self.key.rows(start, stop),
@@ -146,56 +164,84 @@ class Corruption:
 def corrupt(batch: Batch, key: NoiseKey, settings: ModelConfig) -> Corruption:
     """Masks each maskable position with probability 1 - alpha(t), t stratified over the global batch.
 
-    A pure function without parameters: the same key gives the same bits however the batch is split.
+    Each segment (the sequence, or a block) has a time of its own. A pure function without parameters: the same key
+    gives the same bits however the batch is split.
     """
+    if settings.autoregressive:
+        return _next_tokens(batch, key, settings)
     schedule = MaskSchedule(settings.schedule)
-    t_min = settings.schedule.t_min
-    t_B = t_min + (1.0 - t_min) * key.stratified()
-    hide_B = 1.0 - schedule.alpha(t_B)
-    masked_BL = key.stream("mask").below(hide_B[:, None].expand(batch.tokens_BL.shape)) & batch.maskable_BL
-    weight_B = schedule.weight(t_B) if settings.loss_weight == "elbo" else torch.ones_like(t_B)
-    return _gather(batch, key, settings.mask_id, masked_BL, t_B, weight_B, settings.normalize_by)
+    t_min, t_max = settings.schedule.t_min, settings.schedule.t_max
+    length = batch.tokens_BL.shape[1]
+    t_BS = t_min + (t_max - t_min) * key.stratified(num_segments=settings.num_segments(length))
+    hide_BL = _spread(1.0 - schedule.alpha(t_BS), length)
+    masked_BL = key.stream("mask").below(hide_BL) & batch.maskable_BL
+    weight_BS = schedule.weight(t_BS) if settings.loss_weight == "elbo" else torch.ones_like(t_BS)
+    return build_corruption(batch, key, settings.mask_id, masked_BL, t_BS, weight_BS, settings.normalize_by)
 
 
 def corrupt_uniform_count(batch: Batch, key: NoiseKey, settings: ModelConfig) -> Corruption:
-    """Masks n positions of each row, n uniform on 1..N, weighted N / n: the likelihood bound without a t_min.
+    """Masks n positions of each segment, n uniform on 1..N, weighted N / n: the bound without a t_min.
 
     The n positions with the smallest uniform draws are masked; the n-th smallest is distributed as
     Beta(n, N - n + 1) independently of which they are, and serves as 1 - alpha(t) for time conditioning.
     """
-    draws_BL = key.stream("subset").uniform(batch.tokens_BL.shape[1]).masked_fill(~batch.maskable_BL, torch.inf)
-    total_B = batch.maskable_BL.sum(1)
-    count_B = (key.stratified("count") * total_B).long() + (total_B > 0)
-    ordered_BL = draws_BL.sort(dim=1).values
-    last_B = ordered_BL.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
-    masked_BL = (draws_BL <= last_B[:, None]) & batch.maskable_BL
-    t_B = MaskSchedule(settings.schedule).time(1.0 - torch.where(total_B > 0, last_B, 0.5))
-    weight_B = total_B.double() / count_B.clamp(min=1)
-    return _gather(batch, key, settings.mask_id, masked_BL, t_B, weight_B, "maskable")
+    if settings.autoregressive:
+        return _next_tokens(batch, key, settings)
+    length = batch.tokens_BL.shape[1]
+    num_segments = settings.num_segments(length)
+    draws_BL = key.stream("subset").uniform(length).masked_fill(~batch.maskable_BL, torch.inf)
+    total_BS = batch.maskable_BL.unflatten(1, (num_segments, -1)).sum(2)
+    count_BS = (key.stratified("count", num_segments) * total_BS).long() + (total_BS > 0)
+    ordered_BSR = draws_BL.unflatten(1, (num_segments, -1)).sort(dim=2).values
+    last_BS = ordered_BSR.gather(2, (count_BS - 1).clamp(min=0)[:, :, None])[:, :, 0]
+    masked_BL = (draws_BL <= _spread(last_BS, length)) & batch.maskable_BL
+    t_BS = MaskSchedule(settings.schedule).time(1.0 - torch.where(total_BS > 0, last_BS, 0.5))
+    weight_BS = total_BS.double() / count_BS.clamp(min=1)
+    return build_corruption(batch, key, settings.mask_id, masked_BL, t_BS, weight_BS, "maskable")
 
 
-def _gather(
+def shift_right(tokens_BL: Tensor, positions_BL: Tensor, start_id: int) -> Tensor:
+    """Each token moved to the place after its own; documents (position 0) begin with `start_id`."""
+    return F.pad(tokens_BL[:, :-1], (1, 0), value=start_id).masked_fill(positions_BL == 0, start_id)
+
+
+def _next_tokens(batch: Batch, key: NoiseKey, settings: ModelConfig) -> Corruption:
+    """Next-token prediction: the input is shifted behind a start token, and every maskable position counts."""
+    ones_B1 = torch.ones(batch.num_sequences, 1, dtype=torch.float64, device=batch.tokens_BL.device)
+    whole = build_corruption(batch, key, settings.mask_id, batch.maskable_BL, ones_B1, ones_B1, settings.normalize_by)
+    return replace(whole, x_t_BL=shift_right(batch.tokens_BL, batch.positions_BL, settings.mask_id))
+
+
+def _spread(values_BS: Tensor, length: int) -> Tensor:
+    """Each segment's value at all of its positions [B, L]."""
+    return values_BS.repeat_interleave(length // values_BS.shape[1], dim=1)
+
+
+def build_corruption(
     batch: Batch,
     key: NoiseKey,
     mask_id: int,
     masked_BL: Tensor,
-    t_B: Tensor,
-    weight_B: Tensor,
+    t_BS: Tensor,
+    weight_BS: Tensor,
     normalize_by: Literal["maskable", "masked"],
 ) -> Corruption:
     rows = masked_BL.flatten().nonzero()[:, 0]
-    sequence = rows // masked_BL.shape[1]
+    length = masked_BL.shape[1]
+    sequence, segment = rows // length, rows % length // (length // t_BS.shape[1])
+    weight_BS = weight_BS.float()
     rows_M, sequence_M, targets_M, weight_M = _pad(
-        rows, sequence, batch.tokens_BL.flatten()[rows], weight_B[sequence].float()
+        rows, sequence, batch.tokens_BL.flatten()[rows], weight_BS[sequence, segment]
     )
     return Corruption(
         x_t_BL=batch.tokens_BL.masked_fill(masked_BL, mask_id),
         masked_BL=masked_BL,
-        t_BS=t_B[:, None],
+        t_BS=t_BS,
         rows_M=rows_M,
         sequence_M=sequence_M,
         targets_M=targets_M,
         weight_M=weight_M,
+        weight_BS=weight_BS,
         maskable_B=batch.maskable_BL.sum(1),
         num_masked=rows.numel(),
         normalize_by=normalize_by,

@@ -5,6 +5,7 @@ Rules are a table from name to distribution, read top to bottom.
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,14 @@ HEAD_DEVIATION = 0.02
 CHUNK = 1 << 22
 
 RULES: tuple[tuple[str, str], ...] = (
+    (r"projection\.weight$", "first_half"),  # a concatenation starts as its first part
+    (r"(log_std\.weight|gate)$", "zeros"),
+    (r"mark\.weight$", "unit"),
     (r"modulation\.(weight|bias)$", "zeros"),  # adaLN-zero: every block starts as the identity
     (r"norm\.weight$", "ones"),
     (r"bias$", "zeros"),
     (r"(attention\.out|ffn\.down)\.weight$", "residual"),
-    (r"embed\.weight$", "embedding"),
+    (r"(embed|place)\.weight$", "embedding"),
     (r"head\.weight$", "head"),
     (r"weight$", "normal"),
 )
@@ -44,6 +48,8 @@ def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if rule in ("ones", "zeros"):
             local.fill_(1.0 if rule == "ones" else 0.0)
+        elif rule == "first_half":
+            _fill_identity(local, parameter)
         else:
             spread = 1.0 / math.sqrt(parameter.shape[1])
             scale = {
@@ -51,17 +57,27 @@ def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
                 "residual": spread / math.sqrt(2 * num_layers),
                 "embedding": HEAD_DEVIATION if tied else 1.0,
                 "head": HEAD_DEVIATION,
+                "unit": 1.0,
             }[rule]
             _fill_normal(local, parameter, stream_key(seed, f"initial/{name}"), scale)
 
 
+def _offset(parameter: Tensor) -> Sequence[int]:
+    """Where the local part of a parameter begins."""
+    if not isinstance(parameter, DTensor):
+        return [0] * parameter.dim()
+    return compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)[1]
+
+
+def _fill_identity(local: Tensor, parameter: Tensor) -> None:
+    """Ones on the diagonal of a matrix [rows, columns], zeros elsewhere."""
+    rows, columns = (torch.arange(n, device=local.device) + start for n, start in zip(local.shape, _offset(parameter)))
+    local.copy_(rows[:, None] == columns)
+
+
 def _fill_normal(local: Tensor, parameter: Tensor, key: int, scale: float) -> None:
     """Draws the local part of a parameter, a slab of rows at a time."""
-    offset = [0] * local.dim()
-    if isinstance(parameter, DTensor):
-        _, offset = compute_local_shape_and_global_offset(  # type: ignore[assignment]
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+    offset = _offset(parameter)
     if not local.numel():
         return
     width = parameter[0].numel()

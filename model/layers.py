@@ -31,10 +31,11 @@ def make_norm(config: TransformerConfig, dim: int, *, affine: bool) -> nn.Module
     return nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=affine)
 
 
-def modulate(x_BLD: Tensor, shift_BSD: Tensor, scale_BSD: Tensor) -> Tensor:
-    """x (1 + scale) + shift, each segment of the row with its own vector."""
+def modulate(x_BLD: Tensor, shift_BSD: Tensor, scale_BSD: Tensor, applies_BL: Tensor | None = None) -> Tensor:
+    """x (1 + scale) + shift, each segment of the row with its own vector, where it applies (default: everywhere)."""
     segments = x_BLD.unflatten(1, (shift_BSD.shape[1], -1))
-    return (segments * (1.0 + scale_BSD[:, :, None]) + shift_BSD[:, :, None]).flatten(1, 2)
+    modulated = (segments * (1.0 + scale_BSD[:, :, None]) + shift_BSD[:, :, None]).flatten(1, 2)
+    return modulated if applies_BL is None else torch.where(applies_BL[:, :, None], modulated, x_BLD)
 
 
 def gate(x_BLD: Tensor, gate_BSD: Tensor) -> Tensor:
@@ -82,18 +83,18 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block; with a condition, six adaLN-zero vectors shift, scale and gate its sublayers."""
+    """A pre-norm block; with a condition, adaLN vectors shift, scale and (unless gates=none) gate its sublayers."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
-        conditioned = config.condition_dim > 0
-        self.attention_norm = make_norm(config, config.dim, affine=not conditioned)
+        self.gates, self.num_modulated = config.gates, config.num_modulated
+        self.attention_norm = make_norm(config, config.dim, affine=config.affine)
         self.attention = Attention(config, layer)
-        self.ffn_norm = make_norm(config, config.dim, affine=not conditioned)
+        self.ffn_norm = make_norm(config, config.dim, affine=config.affine)
         self.ffn = FeedForward(config)
-        own = conditioned and config.modulation == "per_block"
-        self.modulation = nn.Linear(config.condition_dim, 6 * config.dim) if own else None
+        own = config.condition_dim > 0 and config.modulation == "per_block"
+        self.modulation = nn.Linear(config.condition_dim, self.num_modulated * config.dim) if own else None
 
     def forward(
         self,
@@ -101,22 +102,28 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         plan: AttentionPlan,
         modulation_BSC: Tensor | None = None,
+        applies_BL: Tensor | None = None,
         cache: KVCache | None = None,
         stream: Stream | None = None,
     ) -> Tensor:
-        """`modulation_BSC` is the condition, or (shared modulation) the six vectors themselves."""
+        """`modulation_BSC` is the condition, or (shared modulation) the vectors themselves."""
         streams = (None, None) if stream is None else (stream.fold(2 * self.layer), stream.fold(2 * self.layer + 1))
         if modulation_BSC is None:
             attended = self.attention(self.attention_norm(x_BLD), rotary, plan, cache)
             x_BLD = x_BLD + dropout(attended, self.dropout, streams[0])
             return x_BLD + dropout(self.ffn(self.ffn_norm(x_BLD)), self.dropout, streams[1])
-        six = modulation_BSC if self.modulation is None else self.modulation(F.silu(modulation_BSC))
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = six.chunk(6, dim=-1)
-        normed = modulate(self.attention_norm(x_BLD), shift_a, scale_a)
-        attended = self.attention(normed, rotary, plan, cache)
-        x_BLD = x_BLD + gate(dropout(attended, self.dropout, streams[0]), gate_a)
-        fed = self.ffn(modulate(self.ffn_norm(x_BLD), shift_f, scale_f))
-        return x_BLD + gate(dropout(fed, self.dropout, streams[1]), gate_f)
+        vectors = modulation_BSC if self.modulation is None else self.modulation(F.silu(modulation_BSC))
+        of_attention, of_ffn = (half.chunk(self.num_modulated // 2, dim=-1) for half in vectors.chunk(2, dim=-1))
+        normed = modulate(self.attention_norm(x_BLD), of_attention[0], of_attention[1], applies_BL)
+        attended = dropout(self.attention(normed, rotary, plan, cache), self.dropout, streams[0])
+        x_BLD = x_BLD + self._gated(attended, of_attention)
+        fed = self.ffn(modulate(self.ffn_norm(x_BLD), of_ffn[0], of_ffn[1], applies_BL))
+        return x_BLD + self._gated(dropout(fed, self.dropout, streams[1]), of_ffn)
+
+    def _gated(self, x_BLD: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        if self.gates == "none":
+            return x_BLD
+        return gate(x_BLD, vectors[2] + 1.0 if self.gates == "one" else vectors[2])
 
 
 class TimeEmbedding(nn.Module):

@@ -79,9 +79,28 @@ class Stream:
         """Draws of shape [B, *shape] that are True with one probability, compared as 32-bit integers."""
         return _shift_right(self.bits(*shape), 32) < round(probability * 2.0**32)
 
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32 of shape [B, *shape], two from each 64-bit word (Box-Muller)."""
+        count = math.prod(shape)
+        words = self.bits((count + 1) // 2)
+        first, second = _half_word(_shift_right(words, 32)), _half_word(words.bitwise_and_((1 << 32) - 1))
+        radius = torch.sqrt(-2.0 * torch.log(first))
+        angle = (2.0 * math.pi) * second
+        pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+        return pairs.flatten(1)[:, :count].reshape(-1, *shape)
+
+    def at(self, sequence_M: Tensor, number_M: Tensor) -> "Stream":
+        """One sub-stream for each of M places: number_M within the sequence sequence_M of the batch."""
+        return Stream(_mix(self.key_B[sequence_M] + _mix(number_M + 1)))
+
     def gumbel(self, *shape: int) -> Tensor:
         """Standard Gumbel draws in float64 (float32 would truncate the tail)."""
         return -torch.log(-torch.log(self.uniform(*shape)))
+
+
+def _half_word(bits: Tensor) -> Tensor:
+    """Float32 in (0, 1] from integers below 2^32."""
+    return (bits.float() + 0.5) * 2.0**-32
 
 
 def _unit_interval(bits: Tensor) -> Tensor:
@@ -107,13 +126,15 @@ class NoiseKey:
         key = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
         return Stream(_mix(_mix(self.index_B) + _signed(key)))
 
-    def stratified(self, name: str = "time") -> Tensor:
-        """Float64 [B] in (0, 1): frac(u_step + j phi) for global index j, so every contiguous slice is stratified.
+    def stratified(self, name: str = "time", num_segments: int = 1) -> Tensor:
+        """Float64 [B, S] in (0, 1): frac(u + j phi) for global index j, so every contiguous slice is stratified.
 
-        A Weyl sequence in 64-bit integers, bit-identical on every device.
+        A Weyl sequence in 64-bit integers, bit-identical on every device; u depends on step and segment alone.
         """
         start = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
-        return _unit_interval(self.index_B * _signed(_GOLDEN) + _signed(start))
+        starts = [_signed(start), *(_signed(_mix_integer(start + segment)) for segment in range(1, num_segments))]
+        start_S = torch.tensor(starts, dtype=torch.int64).to(self.index_B.device)
+        return _unit_interval(self.index_B[:, None] * _signed(_GOLDEN) + start_S)
 
     def rows(self, start: int, stop: int) -> "NoiseKey":
         """The key of the sequences start..stop of this batch."""

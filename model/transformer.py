@@ -28,12 +28,13 @@ class Transformer(nn.Module):
         self.recompute_blocks = False
         self.vocabulary: VocabularySlice | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
+        self.place = nn.Embedding(config.max_positions, config.dim) if config.max_positions else None
         self.time = TimeEmbedding(config.condition_dim) if time_conditioning else None
         conditioned = config.condition_dim > 0
         shared = conditioned and config.modulation == "shared"
-        self.modulation = nn.Linear(config.condition_dim, 6 * config.dim) if shared else None
+        self.modulation = nn.Linear(config.condition_dim, config.num_modulated * config.dim) if shared else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = make_norm(config, config.dim, affine=not conditioned)
+        self.norm = make_norm(config, config.dim, affine=config.affine)
         self.final_modulation = nn.Linear(config.condition_dim, 2 * config.dim) if conditioned else None
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
 
@@ -45,6 +46,7 @@ class Transformer(nn.Module):
         mask: MaskSpec | None = None,
         hint: Tensor | None = None,
         condition: Tensor | None = None,
+        applies: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         dropout: Stream | None = None,
@@ -56,9 +58,10 @@ class Transformer(nn.Module):
             t: times [B] or [B, S], used when the model is time-conditioned.
             mask: what attention may see; default: everything.
             hint: added to the input embeddings, [B, L, D].
-            condition: vectors [B, C] or [B, S, C], S dividing L, added to the time embedding.
-            cache: keys and values of earlier positions; this call's are appended.
-            positions: rotary positions [B, L]; default: counted on from the cache.
+            condition: vectors [B or 1, C] or [B or 1, S, C], S dividing L, added to the time embedding.
+            applies: positions [B, L] at which the condition acts, bool; default: all.
+            cache: keys and values of earlier positions; this call's are appended unless it is frozen.
+            positions: positions within the document [B or 1, L]; default: counted on from the cache.
             dropout: the stream to draw dropout from; None in evaluation.
         """
         x_BLD = x_t if x_t.is_floating_point() else self.embed(x_t)
@@ -67,6 +70,8 @@ class Transformer(nn.Module):
         num_cached = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(num_cached, num_cached + x_BLD.shape[1], device=x_BLD.device)[None]
+        if self.place is not None:
+            x_BLD = x_BLD + self.place(positions)
         rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
         plan = prepare(mask or MaskSpec(), x_BLD.shape[1], num_cached, x_BLD.device)
         condition_BSC = self._condition(t, condition)
@@ -76,10 +81,12 @@ class Transformer(nn.Module):
         for block in self.blocks:
             run = partial(block, cache=cache, stream=dropout)
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_BLD = checkpoint(run, x_BLD, rotary, plan, modulation, use_reentrant=False, preserve_rng_state=False)
+                x_BLD = checkpoint(
+                    run, x_BLD, rotary, plan, modulation, applies, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BLD = run(x_BLD, rotary, plan, modulation)
-        return self._final_norm(x_BLD, condition_BSC)
+                x_BLD = run(x_BLD, rotary, plan, modulation, applies)
+        return self._final_norm(x_BLD, condition_BSC, applies)
 
     def head_weight(self) -> Tensor:
         """The head's matrix [V, D]."""
@@ -114,9 +121,9 @@ class Transformer(nn.Module):
             raise ValueError("this backbone is conditioned: pass condition (or t, with time_conditioning=true)")
         return total
 
-    def _final_norm(self, x_BLD: Tensor, condition_BSC: Tensor | None) -> Tensor:
+    def _final_norm(self, x_BLD: Tensor, condition_BSC: Tensor | None, applies_BL: Tensor | None) -> Tensor:
         x_BLD = self.norm(x_BLD)
         if self.final_modulation is None or condition_BSC is None:
             return x_BLD
         shift, scale = self.final_modulation(F.silu(condition_BSC)).chunk(2, dim=-1)
-        return modulate(x_BLD, shift, scale)
+        return modulate(x_BLD, shift, scale, applies_BL)

@@ -1,15 +1,17 @@
 """What a run is: typed, frozen settings, dotted overrides, and validation that lists every problem at once."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from model.config import ModelConfig, Settings
+from model.config import BackboneConfig, ModelConfig, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,65 @@ class ToyFunctionsData(Settings):
             yield f"data.num_held_out={self.num_held_out} must lie between 1 and {most} (data.num_trees - 1)"
 
 
-DataConfig = Annotated[ShardData | ToyFunctionsData, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True)
+class PatternData(Settings):
+    """Rows from a small set of digit patterns whose probabilities are known (VMD Sections 4.1, 4.2, Appendix D.2)."""
+
+    kind: Literal["patterns"] = "patterns"
+    """Rows from a known set of patterns."""
+    toy: Literal["deterministic", "non_uniform", "dependence", "d1", "d2", "needle"] = "deterministic"
+    """Pairs (k, k+1), uniform, non-uniform or dependent with probability `dependence`; four tokens; a needle."""
+    length: int = 2
+    """Positions per row, L: 2, 4, or for the needle at least 8."""
+    dependence: float | None = None
+    """With toy=dependence: the probability that the second digit follows the first."""
+    num_rows: int = 1_000_000
+    """Rows, each drawn anew from the distribution."""
+    num_workers: int = 0
+    """Prefetching processes per rank; 0 loads in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointData(Settings):
+    """Points of the plane in 100 bins per dimension (VADD Appendix B.1)."""
+
+    kind: Literal["points"] = "points"
+    """Points of the plane."""
+    toy: Literal["checkerboard", "swissroll", "circles"] = "checkerboard"
+    """Which distribution."""
+    num_rows: int = 100_000
+    """Size of the training set."""
+    num_workers: int = 0
+    """Prefetching processes per rank; 0 loads in the training process."""
+
+    @property
+    def length(self) -> int:
+        """Positions per row, L: two dimensions."""
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SudokuData(Settings):
+    """Sudoku grids whose clues are visible and whose other cells are masked."""
+
+    kind: Literal["sudoku"] = "sudoku"
+    """Sudoku grids."""
+    size: Literal[4, 6] = 4
+    """Cells of a row, column and box."""
+    family: Literal["unique", "few_clues"] = "unique"
+    """Puzzles with one solution, or with so few clues that there are many."""
+    num_rows: int = 100_000
+    """Training puzzles."""
+    num_workers: int = 0
+    """Prefetching processes per rank; 0 loads in the training process."""
+
+    @property
+    def length(self) -> int:
+        """Positions per row, L: the cells."""
+        return self.size**2
+
+
+DataConfig = Annotated[ShardData | ToyFunctionsData | PatternData | PointData | SudokuData, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +178,12 @@ class TrainConfig(Settings):
     """full: activation checkpointing of every block."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
+    freeze: tuple[str, ...] = ()
+    """Patterns (regular expressions) of parameter names that are not trained, such as denoiser\\..*"""
+    kl_weight: float = 1.0
+    """Weight of a latent's KL at the end of its annealing (1 is VADD's DELBO)."""
+    kl_anneal_steps: int = 0
+    """Steps over which that weight grows linearly from 0; without annealing a latent tends to collapse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +226,8 @@ class RunConfig(Settings):
     """Where checkpoints, metrics and reports go. Default: runs/NAME."""
     seed: int = 0
     """Seeds initial weights, data order and noise."""
+    init_from: str = ""
+    """Start with the weights of this run or checkpoint, by name; what it does not have starts as usual."""
     data: DataConfig
     """What it trains on."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -190,6 +258,7 @@ class RunConfig(Settings):
         if self.name in ("", ".", "..") or set(self.name) & {"/", "\\"}:
             yield f"name={self.name!r} must be one name without separators: set folder=... for another place"
         yield from (f"model.{problem}" for problem in self.model.problems())
+        yield from (f"model.{problem}" for problem in self.model.length_problems(self.data.length))
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
         length, train = self.data.length, self.train
@@ -202,6 +271,7 @@ class RunConfig(Settings):
         micro = train.micro_batch_tokens
         if micro is not None and (micro < length or micro % length):
             yield f"train.micro_batch_tokens={micro} is not a positive multiple of data.length={length}"
+        yield from self._freeze_problems()
         if not 0 <= train.ema_decay < 1:
             yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
         for name in ("decay_fraction", "min_lr_ratio"):
@@ -218,6 +288,8 @@ class RunConfig(Settings):
             ("validation.num_sequences", self.validation.num_sequences, 1),
             ("train.steps", train.steps, 1),
             ("train.clip_norm", train.clip_norm, 1e-12),
+            ("train.kl_weight", train.kl_weight, 0),
+            ("train.kl_anneal_steps", train.kl_anneal_steps, 0),
             ("log.every", self.log.every, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("checkpoint.every", self.checkpoint.every, 0),
@@ -226,6 +298,20 @@ class RunConfig(Settings):
         ):
             if not value >= least:
                 yield f"{name}={value} must be at least {least}"
+
+    def _freeze_problems(self) -> Iterator[str]:
+        for pattern in self.train.freeze:
+            try:
+                matches_projection = re.fullmatch(pattern, "augmentation.projection.weight")
+            except re.error as error:
+                yield f"train.freeze: {pattern!r} is not a regular expression ({error}), as denoiser\\..* is"
+                continue
+            augmentation = self.model.augmentation
+            if matches_projection and augmentation is not None and augmentation.fusion == "concat":
+                yield (
+                    f"train.freeze: {pattern!r} freezes the projection of augmentation.fusion=concat, which starts by "
+                    "passing no hint: leave it out, for example denoiser\\..*"
+                )
 
 
 def validate(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -241,13 +327,20 @@ def validate(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfi
             raise ValueError(f"{override!r} is not an override: write dotted.key=value, for example optim.lr=3e-4")
         _assign(merged, key, _parse(override, value))
     try:
-        config = TypeAdapter(RunConfig).validate_python(merged)
+        config = _adapter().validate_python(merged)
     except ValidationError as error:
-        raise ValueError(_join([_explain(item) for item in error.errors()])) from None
+        sentences = [_explain(item, merged) for item in error.errors()]
+        raise ValueError(_join(list(dict.fromkeys(s for s in sentences if s)))) from None
     problems = list(config.problems())
     if problems:
         raise ValueError(_join(problems))
     return config
+
+
+@cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    """Takes longer to build than to use."""
+    return TypeAdapter(RunConfig)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -267,18 +360,26 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
-def known_keys(settings: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that an override may set."""
+def known_keys(kinds: Mapping[str, str], settings: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that an override may set, where groups of several kinds (data, model.backbone) have these."""
     for f in fields(settings):
-        for kind in _dataclasses_of(f.type):
-            yield from known_keys(kind, f"{prefix}{f.name}.")
-        yield f"{prefix}{f.name}"
+        key = f"{prefix}{f.name}"
+        for group in [KINDS[key][kinds[key]]] if key in KINDS else _dataclasses_of(f.type):
+            yield from known_keys(kinds, group, f"{key}.")
+        yield key
 
 
 def _dataclasses_of(annotation: Any) -> list[type]:
     if is_dataclass(annotation):
         return [annotation]  # type: ignore[list-item]
     return [kind for part in getattr(annotation, "__args__", ()) for kind in _dataclasses_of(part)]
+
+
+KINDS: dict[str, dict[str, type]] = {
+    path: {group.kind: group for group in _dataclasses_of(union)}  # type: ignore[attr-defined]
+    for path, union in (("data", DataConfig), ("model.backbone", BackboneConfig))
+}
+"""Groups of settings that come in several kinds, the default one first."""
 
 
 def _deep_copy(tree: Any) -> Any:
@@ -301,25 +402,54 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _explain(error: Any) -> str:
-    kinds = ("shards", "toy_functions")
-    key = ".".join(str(part) for part in error["loc"] if part not in kinds)
-    if error["type"] != "unexpected_keyword_argument":
-        given = "" if isinstance(error["input"], Mapping) else f"={error['input']!r}"
-        return f"{key}{given}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    keys = list(dict.fromkeys(known_keys()))
-    if key in keys:
-        return f"{key} is not a setting of data.kind={next(part for part in error['loc'] if part in kinds)}"
-    groups = {k.rpartition(".")[0] for k in keys}
-    alike = [k for k in keys if (k in groups) == isinstance(error["input"], Mapping)]
+def _explain(error: Any, tree: Mapping[str, Any]) -> str | None:
+    """One sentence; None for what pydantic says about a kind of a group that was not meant."""
+    parts = [str(part) for part in error["loc"]]
+    kinds = {path: _kind(tree, path) for path in KINDS}
+    for path, groups in KINDS.items():
+        depth = path.count(".") + 1
+        if ".".join(parts[:depth]) != path:
+            continue
+        if kinds[path] not in list(groups):
+            return f"{path}.kind={kinds[path]!r} is not one of {', '.join(groups)}"
+        if len(parts) > depth and parts.pop(depth) not in (kinds[path], groups[kinds[path]].__name__):
+            return None
+    key = ".".join(parts)
+    if error["type"] == "unexpected_keyword_argument":
+        legal = {path: kind if kind in list(KINDS[path]) else next(iter(KINDS[path])) for path, kind in kinds.items()}
+        return _explain_unknown(key, legal, is_group=isinstance(error["input"], Mapping))
+    if error["type"] == "union_tag_not_found":
+        return f"{key}.kind is missing: set it to one of {', '.join(KINDS[key])}"
+    given = "" if isinstance(error["input"], Mapping) else f"={error['input']!r}"
+    if error["type"] in ("dataclass_type", "model_attributes_type"):
+        return f"{key}{given}: {key} is a group of settings, write {key}.KEY=VALUE"
+    return f"{key}{given}: {error['msg'][0].lower()}{error['msg'][1:].replace('tuple', 'list')}"
+
+
+def _kind(tree: Any, path: str) -> Any:
+    """The kind that the settings give to a group, the default one where they give none."""
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    default = next(iter(KINDS[path]))
+    return tree.get("kind", default) if isinstance(tree, Mapping) else default
+
+
+def _explain_unknown(key: str, kinds: Mapping[str, str], *, is_group: bool) -> str:
+    for path, groups in KINDS.items():
+        if key in {k for kind in groups for k in known_keys({**kinds, path: kind})}:
+            return f"{key} is not a setting of {path}.kind={kinds[path]}"
+    keys = list(known_keys(kinds))
+    groups_of = {k.rpartition(".")[0] for k in keys}
+    alike = [k for k in keys if (k in groups_of) == is_group]
     return f"{key} is not a setting: did you mean {_nearest(key, alike)}?"
 
 
 def _nearest(key: str, keys: list[str]) -> str:
-    """The key whose last part is the same, is much like it (of the same parent first), or is least unlike it."""
+    """The key whose last part is the same, is much like it, or is least unlike it; of the same parent first."""
     parent, _, leaf = key.rpartition(".")
-    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-    for candidates, cutoff in ((keys, 1.0), (siblings, 0.6), (keys, 0.6), (siblings, 0.0), (keys, 0.0)):
+    below = [k for k in keys if k.startswith(f"{parent}.")]
+    siblings = [k for k in below if k.rpartition(".")[0] == parent]
+    for candidates, cutoff in ((below, 1.0), (keys, 1.0), (siblings, 0.6), (keys, 0.6), (siblings, 0.0), (keys, 0.0)):
         by_leaf = {k.rpartition(".")[2]: k for k in reversed(candidates)}
         if found := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff):
             return by_leaf[found[0]]

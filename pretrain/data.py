@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 from data_pipeline.packing import ShardSource, Source
 from data_pipeline.tokenizers import Tokenizer
 
-from .config import DataConfig, PrepareConfig, ShardData, ToyFunctionsData
+from .config import DataConfig, PatternData, PointData, PrepareConfig, ShardData, SudokuData, ToyFunctionsData
 from .parallel.mesh import DataAxis
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
     from data_pipeline.toy_functions import ToyCorpus
+
+
+HELD_OUT_SEED = 1
+HELD_OUT_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ def open_data(config: DataConfig, axis: DataAxis) -> Data:
     """The data of a configuration; shards that can be prepared are made first, by rank 0."""
     if isinstance(config, ToyFunctionsData):
         return _open_toy_functions(config)
+    if isinstance(config, PatternData | PointData | SudokuData):
+        return _open_values(config)
     return _open_shards(config, axis)
 
 
@@ -76,6 +82,26 @@ def _open_toy_functions(config: ToyFunctionsData) -> Data:
     tokenizer = make_tokenizer(f"bpe:{config.vocab_size}", lambda: iter(texts))
     train = ToyFunctionSource(corpus.train, tokenizer, config.length)
     return Data(train, ToyFunctionSource(corpus.held_out, tokenizer, config.length), tokenizer)
+
+
+def _open_values(config: PatternData | PointData | SudokuData) -> Data:
+    """Rows of small integers; training and held-out rows are drawn with different seeds."""
+    from data_pipeline.sudoku import SudokuSource
+    from data_pipeline.synthetic import NUM_BINS, NUM_DIGITS, PatternSource, PointSource
+    from data_pipeline.tokenizers import value_tokenizer
+
+    if isinstance(config, SudokuData):
+        size, family, num_rows = config.size, config.family, config.num_rows
+        train = SudokuSource(size, family, "train", num_rows=num_rows)
+        return Data(train, SudokuSource(size, family, "validation", num_rows=HELD_OUT_ROWS), value_tokenizer(size))
+    if isinstance(config, PointData):
+        held_out: Source = PointSource(config.toy, seed=HELD_OUT_SEED, num_rows=HELD_OUT_ROWS)
+        return Data(PointSource(config.toy, num_rows=config.num_rows), held_out, value_tokenizer(NUM_BINS))
+    patterns = [
+        PatternSource(config.toy, length=config.length, dependence=config.dependence, seed=seed, num_rows=num_rows)
+        for seed, num_rows in ((0, config.num_rows), (HELD_OUT_SEED, HELD_OUT_ROWS))
+    ]
+    return Data(patterns[0], patterns[1], value_tokenizer(NUM_DIGITS))
 
 
 def toy_corpus(config: ToyFunctionsData) -> "ToyCorpus":

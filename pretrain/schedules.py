@@ -4,7 +4,7 @@ import math
 
 from model.diffusion import StepSchedule
 
-from .config import OptimConfig
+from .config import OptimConfig, RunConfig
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
@@ -22,6 +22,9 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape)
 
 
-def step_schedule(step: int) -> StepSchedule:
-    """What the model is told about the step."""
-    return StepSchedule()
+def step_schedule(step: int, config: RunConfig) -> StepSchedule:
+    """What the model is told about the step (counted from 0)."""
+    train = config.train
+    annealed = min(1.0, (step + 1) / train.kl_anneal_steps) if train.kl_anneal_steps else 1.0
+    logged = (step + 1) % config.log.every == 0 or step + 1 == train.steps
+    return StepSchedule(kl_weight=train.kl_weight * annealed, statistics=logged)

@@ -45,6 +45,7 @@ def train(config: RunConfig) -> None:
 
 def make_hooks(config: RunConfig, num_parameters: int, world_size: int) -> list[Any]:
     """The hooks of rank 0."""
+    from .hooks.collapse_warning import CollapseWarning
     from .hooks.config_file import ConfigFile
     from .hooks.metrics import MetricsFile
     from .hooks.progress import ProgressLine
@@ -56,6 +57,8 @@ def make_hooks(config: RunConfig, num_parameters: int, world_size: int) -> list[
         MetricsFile(config.path / "metrics.jsonl", about),
         ProgressLine(config.name, config.train.steps),
     ]
+    if config.model.latent is not None:
+        hooks.append(CollapseWarning(config.train))
     if config.log.wandb_project:
         hooks.append(WandbRun(config, {"parameters": num_parameters}))
     return hooks

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from model.batch import Batch
 from model.bounds import Bound, BoundSums
+from model.collapse import LatentReport, latent_report
 from model.config import ModelConfig
 from model.corruption import corrupt, corrupt_uniform_count
-from model.diffusion import LossTerms
+from model.diffusion import LossTerms, StepSchedule
 from model.flops import training_flops
 from model.noise import NoiseKey
 
-from .checkpoint.load import CHECKPOINTS, newest_good, resume
+from .checkpoint.load import CHECKPOINTS, initialise_from, newest_good, resume
 from .checkpoint.save import save_checkpoint
 from .config import RunConfig
 from .data import Data
@@ -30,10 +32,12 @@ from .schedules import learning_rate, step_schedule
 from .state import TrainState
 
 
-def corrupt_step(step: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int) -> Micro:
+def corrupt_step(
+    step: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int, schedule: Callable[[int], StepSchedule]
+) -> Micro:
     """A rank's rows of one step, corrupted; runs ahead of the loop in a loader's worker."""
     batch = Batch.of(rows)
-    return Micro(batch, corrupt(batch, NoiseKey(seed, step, batch.index_B), model), step_schedule(step))
+    return Micro(batch, corrupt(batch, NoiseKey(seed, step, batch.index_B), model), schedule(step))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,10 @@ class Trainer:
         if checkpoint is not None:
             self.state = resume(checkpoint, self.engine, self.model, self.state.identity)
             self.state.resumes += self.state.step < self.config.train.steps
+        elif self.config.init_from:
+            taken = initialise_from(Path(self.config.init_from), self.engine, self.data.tokenizer)
+            if self.axis.rank == 0:
+                print(taken, flush=True)
         for hook in self.hooks:
             hook.on_start(self.state, resumed=checkpoint is not None)
         self.window = Window()
@@ -130,7 +138,12 @@ class Trainer:
                 first_step=self.state.step,
                 num_steps=self.config.train.steps,
                 num_workers=self.config.data.num_workers,
-                transform=partial(corrupt_step, model=self.model, seed=self.config.seed),
+                transform=partial(
+                    corrupt_step,
+                    model=self.model,
+                    seed=self.config.seed,
+                    schedule=partial(step_schedule, config=self.config),
+                ),
                 pin_memory=self.axis.device.type == "cuda",
             )
         )
@@ -167,6 +180,7 @@ class Trainer:
         loss, ce = self.axis.all_reduce(
             [sum(float(t.loss) for t in latest.terms), sum(float(t.cross_entropy) for t in latest.terms)]
         )
+        latent = self._latent_report(latest.terms)
         seconds = window.seconds()
         record = StepRecord(
             step=self.state.step,
@@ -178,10 +192,17 @@ class Trainer:
             skipped=self.state.skipped,
             tokens_per_second=window.steps * self.config.batch_rows * self.config.data.length / seconds,
             mfu=None if self.peak_flops is None else window.flops / seconds / self.peak_flops,
+            latent=latent,
         )
         self.window = Window()
         for hook in self.hooks:
             hook.on_log(record)
+
+    def _latent_report(self, terms: Sequence[LossTerms]) -> LatentReport | None:
+        sums = [t.latent_sums for t in terms if t.latent_sums is not None]
+        if not sums:
+            return None
+        return latent_report(torch.tensor(self.axis.all_reduce(torch.stack(sums).sum(0).tolist())))
 
     def _count_skipped(self) -> None:
         self.state.skipped += int(self.window.skipped)
@@ -228,15 +249,17 @@ def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: Run
             filled = index_B if index_B.numel() else torch.zeros(1, dtype=torch.int64)
             batch = Batch.of({**source.gather(filled.numpy()), "index": filled})
             corruption = corrupt_uniform_count(batch, NoiseKey(config.seed, 0, filled), model)
-            terms = engine.evaluate(Micro(batch, corruption, step_schedule(0)))
+            terms = engine.evaluate(Micro(batch, corruption, StepSchedule()))
             if index_B.numel():
                 sums.add(terms.loss_B, batch.maskable_BL.sum(1))
-    return BoundSums(*axis.all_reduce(sums.as_list())).estimate()
+    return BoundSums(*axis.all_reduce(sums.as_list())).estimate(model.objective)
 
 
 def run_identity(config: RunConfig, data: Data) -> dict[str, object]:
     """What decides noise and data order besides the step; a checkpoint continues only a run that shares it."""
+    frozen = {"train.freeze": list(config.train.freeze)} if config.train.freeze else {}
     return {
+        **frozen,
         "seed": config.seed,
         "train.batch_tokens": config.train.batch_tokens,
         "data.length": config.data.length,

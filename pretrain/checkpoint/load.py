@@ -57,6 +57,44 @@ def resume(checkpoint: Path, engine: Engine, model: ModelConfig, identity: Mappi
     return state
 
 
+def initialise_from(run: Path, engine: Engine, tokenizer: Tokenizer) -> str:
+    """Takes over the weights that a run (its averaged ones, where kept) and an engine have in common, by name.
+
+    Returns one line about what was taken. A damaged or foreign run is refused.
+
+    Raises:
+        ValueError: nothing usable there, another tokenizer, no name in common, or other shapes.
+    """
+    checkpoint = _locate(run)
+    if read_state(checkpoint).identity["data.tokenizer"] != tokenizer.sha256():
+        raise ValueError(f"init_from={run} was trained with another tokenizer: tokenise the data with that one")
+    saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    group = _best_group(saved)
+    there = {key.removeprefix(f"{group}."): meta for key, meta in saved.items() if key.startswith(f"{group}.")}
+    tensors = engine.state_dict()
+    common = {name: tensor for name, tensor in tensors["model"].items() if name in there}
+    if not common:
+        raise ValueError(f"init_from={run} has no parameter in common with this model: use a run of the same backbone")
+    for name, tensor in common.items():
+        if tuple(there[name].size) != tuple(tensor.shape):  # type: ignore[union-attr]
+            raise ValueError(
+                f"init_from={run}: {name} is {tuple(there[name].size)} there and {tuple(tensor.shape)} here: "  # type: ignore[union-attr]
+                "use the same backbone settings"
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load({group: common}, checkpoint_id=checkpoint / "tensors", no_dist=engine.data_axis.size == 1)
+    for name, average in tensors.get("ema", {}).items():
+        average.copy_(tensors["model"][name])
+    new, unused = len(tensors["model"]) - len(common), len(there) - len(common)
+    return f"init_from {checkpoint}: {len(common)} parameters taken over, {new} new here, {unused} not used"
+
+
+def _best_group(saved: Mapping[str, object]) -> str:
+    """The averaged weights where a checkpoint has them."""
+    return "ema" if any(key.startswith("ema.") for key in saved) else "model"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model ready for evaluation, with all that came with it."""
@@ -93,7 +131,7 @@ def load_for_evaluation(run: Path, *, averaged: bool = True, device: torch.devic
         model = MaskedDiffusion(config)
     model.to_empty(device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    group = "ema" if averaged and any(key.startswith("ema.") for key in saved) else "model"
+    group = _best_group(saved) if averaged else "model"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -136,9 +174,9 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def _refuse_difference(checkpoint: Path, whose: str, there: Mapping[str, object], here: Mapping[str, object]) -> None:
-    differing = [key for key in here if there.get(key) != here[key]]
+    differing = [key for key in dict.fromkeys((*here, *there)) if there.get(key) != here.get(key)]
     if differing:
-        listed = "; ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing)
+        listed = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in differing)
         raise ValueError(
             f"{checkpoint} is a checkpoint of {whose} ({listed}): restore these settings, or train in another folder "
             "with folder=..."

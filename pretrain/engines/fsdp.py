@@ -1,8 +1,9 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the data axis; alone, a plain module."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ class FsdpEngine:
         with torch.device("meta"):
             self.model = MaskedDiffusion(model)
         self.model.denoiser.recompute_blocks = train.recompute == "full"
+        _freeze(self.model, train.freeze)
         self.autocast = train.precision == "bf16" and axis.size == 1
         if axis.size > 1:
             _shard(self.model, axis, train.precision)
@@ -54,7 +56,7 @@ class FsdpEngine:
         with self._precision():
             terms = self._forward(micro)
         (terms.loss * scale).backward()
-        return LossTerms(terms.loss.detach(), terms.cross_entropy.detach(), terms.loss_B.detach())
+        return replace(terms, loss=terms.loss.detach())
 
     @torch.no_grad()
     def evaluate(self, micro: Micro) -> LossTerms:
@@ -98,7 +100,7 @@ class FsdpEngine:
         named = self.parameters
         tensors: Tensors = {"model": {name: p.detach() for name, p in named.items()}}
         for moment in MOMENTS:
-            tensors[moment] = {name: self.optimizer.state[p][moment] for name, p in named.items()}
+            tensors[moment] = {name: self.optimizer.state[p][moment] for name, p in named.items() if p.requires_grad}
         if self.average is not None:
             tensors["ema"] = self.average.shadow
         return tensors
@@ -128,6 +130,18 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        frozen = [name for name in names if re.fullmatch(pattern, name)]
+        if not frozen:
+            raise ValueError(f"train.freeze: {pattern!r} matches no parameter; there are {', '.join(names[:4])}, ...")
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+    if patterns and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"train.freeze={list(patterns)} leaves nothing to train: free a part of the model")
+
+
 def _shard(model: nn.Module, axis: DataAxis, precision: str) -> None:
     """Shards every unit of the layout and then the rest; sums of gradients, no division."""
     compute = torch.bfloat16 if precision == "bf16" else None
@@ -140,3 +154,4 @@ def _shard(model: nn.Module, axis: DataAxis, precision: str) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "denoise")
+    register_fsdp_forward_method(model, "infer")

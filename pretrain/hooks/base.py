@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.bounds import Bound
+from model.collapse import LatentReport
 
 from ..state import TrainState
 
@@ -22,6 +23,7 @@ class StepRecord:
         skipped: updates not taken since the run began.
         tokens_per_second: input tokens over the wall time since the last line, over all ranks.
         mfu: model FLOPs utilisation of a rank, or None where the peak is unknown.
+        latent: what the latents of the step say, or None without latents.
     """
 
     step: int
@@ -33,6 +35,7 @@ class StepRecord:
     skipped: int
     tokens_per_second: float
     mfu: float | None
+    latent: LatentReport | None = None
 
 
 class Hook:

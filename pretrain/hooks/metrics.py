@@ -37,11 +37,13 @@ class MetricsFile(Hook):
 
     def on_log(self, record: StepRecord) -> None:
         """A train line."""
-        self._write("train", **asdict(record))
+        latent = {} if record.latent is None else asdict(record.latent)
+        self._write("train", **{k: v for k, v in asdict(record).items() if k != "latent"}, **latent)
 
     def on_validation(self, bound: Bound, state: TrainState) -> None:
         """A validation line."""
-        self._write("validation", step=state.step, nelbo=bound.nelbo, nelbo_error=bound.error, tokens=bound.tokens)
+        values = {bound.kind: bound.value, f"{bound.kind}_error": bound.error}
+        self._write("validation", step=state.step, bound=bound.kind, **values, tokens=bound.tokens)
 
     def on_checkpoint(self, path: Path, state: TrainState) -> None:
         """A checkpoint event."""

@@ -40,9 +40,10 @@ class ProgressLine(Hook):
         per_step = (now - self.started) / max(1, record.step - self.first)
         left = _clock(per_step * (self.total - record.step))
         mfu = f"  mfu {record.mfu:.0%}" if record.mfu is not None else ""
+        latent = f"  kl {record.latent.kl:.2f}" if record.latent is not None else ""
         skipped = f"  skipped {record.skipped}" if record.skipped else ""
         text = (
-            f"{self.name}  step {record.step}/{self.total}  loss {record.loss:.3f}{self.bound}"
+            f"{self.name}  step {record.step}/{self.total}  loss {record.loss:.3f}{self.bound}{latent}"
             f"  {record.tokens_per_second / 1000:.1f}k tok/s{mfu}{skipped}  eta {left}"
         )
         print(f"\r\x1b[2K{text}" if self.live else text, end="" if self.live and not last else "\n", flush=True)
@@ -50,7 +51,7 @@ class ProgressLine(Hook):
     def on_validation(self, bound: Bound, state: TrainState) -> None:
         """Keeps the bound for the line."""
         if bound.tokens:
-            self.bound = f"  bound {bound.nelbo:.3f}"
+            self.bound = f"  {bound.kind} {bound.value:.3f}"
 
     def on_finish(self, state: TrainState) -> None:
         """The last bound, in full."""

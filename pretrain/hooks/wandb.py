@@ -40,12 +40,15 @@ class WandbRun(Hook):
 
     def on_log(self, record: StepRecord) -> None:
         """Train metrics."""
-        values = {f"train/{k}": v for k, v in asdict(record).items() if k != "step" and v is not None}
+        latent = {} if record.latent is None else asdict(record.latent)
+        flat = {**asdict(record), **latent}
+        values = {f"train/{k}": v for k, v in flat.items() if k not in ("step", "latent") and v is not None}
         self.run.log(values, step=record.step)
 
     def on_validation(self, bound: Bound, state: TrainState) -> None:
         """The bound."""
-        self.run.log({"validation/nelbo": bound.nelbo, "validation/nelbo_error": bound.error}, step=state.step)
+        values = {f"validation/{bound.kind}": bound.value, f"validation/{bound.kind}_error": bound.error}
+        self.run.log(values, step=state.step)
 
     def on_finish(self, state: TrainState) -> None:
         """Closes the run."""

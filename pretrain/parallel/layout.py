@@ -8,18 +8,26 @@ from typing import Literal
 
 Role = Literal["column", "row", "vocab", "replicate"]
 
-LAYOUT: tuple[tuple[str, Role], ...] = (
-    (r"denoiser\.(embed|head)\.weight", "vocab"),
-    (r"denoiser\.blocks\.\d+\.attention\.[qkv]\.(weight|bias)", "column"),
-    (r"denoiser\.blocks\.\d+\.attention\.out\.weight", "row"),
-    (r"denoiser\.blocks\.\d+\.ffn\.(gate|up)\.weight", "column"),
-    (r"denoiser\.blocks\.\d+\.ffn\.down\.weight", "row"),
-    (r"denoiser\.(blocks\.\d+\.)?(attention_|ffn_)?norm\.(weight|bias)", "replicate"),
-    (r"denoiser\.(blocks\.\d+\.|final_)?modulation\.(weight|bias)", "replicate"),
-    (r"denoiser\.time\.(inner|outer)\.(weight|bias)", "replicate"),
-)
+TRUNK = r"(denoiser|latent\.(recognition|prior)\.trunk)\."
 
-SHARDING_UNITS = r"denoiser\.blocks\.\d+"
+LAYOUT: tuple[tuple[str, Role], ...] = (
+    (r"(denoiser|latent\.recognition\.trunk)\.(embed|head)\.weight", "vocab"),
+    (r"latent\.prior\.trunk\.embed\.weight", "replicate"),
+    (TRUNK + r"place\.weight", "replicate"),
+    (TRUNK + r"blocks\.\d+\.attention\.[qkv]\.(weight|bias)", "column"),
+    (TRUNK + r"blocks\.\d+\.attention\.out\.weight", "row"),
+    (TRUNK + r"blocks\.\d+\.ffn\.(gate|up)\.weight", "column"),
+    (TRUNK + r"blocks\.\d+\.ffn\.down\.weight", "row"),
+    (TRUNK + r"(blocks\.\d+\.)?(attention_|ffn_)?norm\.(weight|bias)", "replicate"),
+    (TRUNK + r"(blocks\.\d+\.|final_)?modulation\.(weight|bias)", "replicate"),
+    (TRUNK + r"time\.(inner|outer)\.(weight|bias)", "replicate"),
+    (r"latent\.(recognition|prior)\.(mark|pool\.score|project|head\.(mean|log_std))\.(weight|bias)", "replicate"),
+    (r"latent\.embedding\.(inner|outer)\.(weight|bias)", "replicate"),
+    (r"augmentation\.(gate|projection\.weight)", "replicate"),
+)
+"""Point perceptrons are not in it: they are too small to be split."""
+
+SHARDING_UNITS = TRUNK + r"blocks\.\d+"
 """Modules that are gathered, recomputed and compiled one at a time."""
 
 

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.tokenizers import Tokenizer, make_tokenizer
+from data_pipeline.tokenizers import Tokenizer, make_tokenizer, value_tokenizer
 
 CORPUS = [Path(json.__file__).with_name(name).read_text() for name in ("decoder.py", "encoder.py", "scanner.py")]
 
@@ -132,3 +133,39 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         make_tokenizer(str(tmp_path), lambda: iter(()))
     with pytest.raises(ValueError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "nowhere")
+
+
+@given(values=st.lists(st.integers(0, 99)))
+def test_values_read_as_their_numbers(values: list[int]) -> None:
+    tokenizer = value_tokenizer(100)
+    assert tokenizer.encode(" ".join(map(str, values))) == values
+    assert tokenizer.encode("\n".join(map(str, values))) == values
+    assert tokenizer.decode(values) == " ".join(map(str, values))
+
+
+def test_the_specials_follow_the_values(tmp_path: Path) -> None:
+    tokenizer = value_tokenizer(10)
+    assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.end_id, tokenizer.vocab_size) == (10, 11, 12, 13)
+    assert tokenizer.decode([1, 10, 2], keep_special=True) == "1 <|mask|> 2"
+    assert tokenizer.decode([1, 10, 2]) == "1 2"
+    tokenizer.save(tmp_path)
+    foreign = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert foreign.encode("3 1 9", add_special_tokens=False) == [3, 1, 9]
+    for copy in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert (copy.sha256(), copy.vocab_size, copy.mask_id) == (tokenizer.sha256(), 13, 10)
+
+
+@pytest.mark.parametrize("word", ["10", "-1", "01", "x", "<|mask|>", "<|unk|>"])
+def test_words_that_are_no_values_are_refused(word: str, tmp_path: Path) -> None:
+    refusal = rf"no token reads as '{re.escape(word)}'; legal words, with blanks between: 0 to 9"
+    value_tokenizer(10).save(tmp_path)
+    for tokenizer in (value_tokenizer(10), Tokenizer.load(tmp_path)):
+        with pytest.raises(ValueError, match=refusal):
+            tokenizer.encode(f"1 {word} 2")
+        with pytest.raises(ValueError, match=refusal):
+            tokenizer.encode_batch(["1 2", f"{word} 3"])
+
+
+def test_no_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 values has no tokens; give at least 1"):
+        value_tokenizer(0)

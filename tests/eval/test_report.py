@@ -74,7 +74,7 @@ def write_metrics(run: Path) -> None:
             **start,
         },
         *(train_row(step, 9.0) for step in range(1, 8)),
-        {"kind": "validation", "step": 7, "nelbo": 8.0, "nelbo_error": 0.1},
+        {"kind": "validation", "step": 7, "bound": "nelbo", "nelbo": 8.0, "nelbo_error": 0.1},
         {"kind": "event", "event": "resume", "step": 4, "time": "2026-09-14T10:04:00", **start},
         *(train_row(step, 5.0) for step in (4, 5)),
         {"kind": "validation", "step": 5, "nelbo": 4.5, "nelbo_error": 0.1},
@@ -144,6 +144,53 @@ def test_charts_hold_the_later_life_of_a_resumed_run(run: Path) -> None:
     assert page.count("path", "point") == page.count("path", "error") == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "is_bound"),
+    [
+        ("nelbo", "bound", True),
+        ("nelbo_steps[4]", "bound", True),
+        ("delbo", "delbo (not a bound)", False),
+        ("nll_discrete", "discrete part (not a bound)", False),
+    ],
+)
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_value_is_called_what_it_is(run: Path, kind: str, name: str, is_bound: bool, evaluated: bool) -> None:
+    row = {"kind": "validation", "step": 6, "bound": kind, kind: 3.25, f"{kind}_error": 0.125}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    results = {f"bound.{kind}": 3.25, f"bound.{kind}_error": 0.1, "bound.tokens": 9} if evaluated else {}
+    (run / "evaluations" / "bound.json").write_text(json.dumps({"results": results}))
+    page = Page(write_report(run))
+    assert f"{name}, nats per token3.250" in page.text.replace("\n", "")
+    assert ("perplexity at most" in page.text) == is_bound
+    assert ("Loss and bound" if is_bound else "Loss and validation") in page.text
+    assert f"validation: {name}, and its error" in page.text
+    assert page.count("path", "point") == 2
+    assert "step 6: 3.2500 +- 0.1250" in page.text
+
+
+def test_a_bound_comes_before_what_is_none(run: Path) -> None:
+    results = {"bound.delbo": 1.5, "bound.delbo_error": 0.1, "bound.nelbo_kept": 2.5}
+    (run / "evaluations" / "bound.json").write_text(json.dumps({"results": results}))
+    text = Page(write_report(run)).text.replace("\n", "")
+    assert "bound, nats per token2.500" in text
+    assert "1.5 \u00b1 0.1" in text
+
+
+def test_what_latents_say_is_drawn_where_there_are_any(run: Path) -> None:
+    assert "What the latent says" not in Page(write_report(run)).text
+    rows = [
+        {**train_row(step, 5.0), "kl": 0.5 * step, "active_units": step, "mutual_information": 0.4 * step}
+        for step in range(6, 9)
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(map(json.dumps, rows)))
+    page = Page(write_report(run))
+    assert page.count("path", "smooth") == 4 + 3
+    for label in ("What the latent says", "KL to the prior", "active units", "mutual information"):
+        assert label in page.text
+
+
 def test_missing_parts_name_their_command(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     text = Page(write_report(tmp_path)).text
@@ -203,7 +250,7 @@ def test_chart_survives_values_that_are_not_finite() -> None:
 
 def test_chart_places_extremes_inside_the_box() -> None:
     rows = [{"step": step, "loss": 10.0 - step} for step in range(1, 5)]
-    drawing = chart(rows, "loss", resumes=[2], validation=[{"step": 4, "nelbo": 5.0, "nelbo_error": 0.5}])
+    drawing = chart(rows, "loss", resumes=[2], validation=[{"step": 4, "value": 5.0, "error": 0.5}])
     assert drawing is not None
     corners = [tuple(map(float, corner.split(","))) for corner in drawing.smooth[1:].split("L")]
     assert [x for x, _ in corners] == [250.0, 500.0, 750.0, 1000.0]

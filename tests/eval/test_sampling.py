@@ -4,8 +4,8 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Literal
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,21 +15,22 @@ from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from eval.completion import SamplingSettings, complete
 from eval.sampling.amount import Ancestral, Even
 from eval.sampling.choice import TokenChoice
+from eval.sampling.hints import HintPolicy
 from eval.sampling.loop import Policies, sample
 from eval.sampling.order import OrderName, scores
 from eval.sampling.state import SamplerState
-from model.config import ModelConfig, ScheduleConfig, TransformerConfig
+from model.config import AugmentationConfig, LatentConfig, ModelConfig, ScheduleConfig, TransformerConfig
 from model.diffusion import MaskedDiffusion
 from model.initialisation import initialise
 from model.noise import NoiseKey
 
 MASK, LENGTH = 4, 3
-ORDERS: tuple[OrderName, ...] = ("random", "top_probability", "margin", "entropy")
+ORDERS: tuple[OrderName, ...] = ("random", "top_probability", "margin", "entropy", "left_to_right")
 
 
-def make_model(vocab_size: int = 5, mask_id: int = MASK, *, scale: float = 1.0) -> MaskedDiffusion:
+def make_model(vocab_size: int = 5, mask_id: int = MASK, *, scale: float = 1.0, **switches: Any) -> MaskedDiffusion:
     backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2)
-    model = MaskedDiffusion(ModelConfig(backbone=backbone, vocab_size=vocab_size, mask_id=mask_id))
+    model = MaskedDiffusion(ModelConfig(backbone=backbone, vocab_size=vocab_size, mask_id=mask_id, **switches))
     initialise(model, 0, num_layers=1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -207,10 +208,13 @@ def test_orders_against_plain_formulas(order: OrderName) -> None:
     log_probs_MV = (torch.randn(30, 7, generator=torch.Generator().manual_seed(0)) * 3).log_softmax(1)
     log_probs_MV[:, 6] = -torch.inf
     log_probs_MV = log_probs_MV.log_softmax(1)
-    chosen_M, random_M = log_probs_MV.argmax(1), torch.rand(30)
-    found = scores(order, log_probs_MV, chosen_M, random_M)
+    chosen_M, random_M, rows_M = log_probs_MV.argmax(1), torch.rand(30), torch.arange(30) * 3
+    found = scores(order, log_probs_MV, chosen_M, random_M, rows_M)
     if order == "random":
         assert torch.equal(found, random_M)
+        return
+    if order == "left_to_right":
+        assert found.argsort(descending=True).tolist() == list(range(30))
         return
     plain = [plain_score(order, row) for row in log_probs_MV.exp().double().tolist()]
     best = found.argsort().tolist()
@@ -262,18 +266,36 @@ def test_chunks_bound_the_logits_and_change_no_sample(model: MaskedDiffusion, mo
     assert sizes == [1] * 8
 
 
+AR = ModelConfig(autoregressive=True)
+
+
 @pytest.mark.parametrize(
-    ("settings", "order"),
+    ("settings", "model", "steps", "order"),
     [
-        (SamplingSettings(), "top_probability"),
-        (SamplingSettings(amount="ancestral"), "random"),
-        (SamplingSettings(amount="ancestral", order="margin"), "margin"),
-        (SamplingSettings(order="random"), "random"),
+        (SamplingSettings(), ModelConfig(), 64, "top_probability"),
+        (SamplingSettings(amount="ancestral"), ModelConfig(), 64, "random"),
+        (SamplingSettings(amount="ancestral", order="margin"), ModelConfig(), 64, "margin"),
+        (SamplingSettings(order="random", steps=7), ModelConfig(), 7, "random"),
+        (SamplingSettings(), AR, None, "left_to_right"),
+        (SamplingSettings(order="margin", steps=7), AR, 7, "margin"),
     ],
 )
-def test_ancestral_sampling_reveals_in_random_order(settings: SamplingSettings, order: str) -> None:
-    assert settings.policies(ModelConfig()).order == order
-    assert asdict(settings)["order"] == order
+def test_what_is_left_open_follows_amount_and_model(
+    settings: SamplingSettings, model: ModelConfig, steps: int | None, order: str
+) -> None:
+    decided = asdict(settings.for_model(model))
+    assert (decided.pop("steps"), decided.pop("order")) == (steps, order)
+    assert decided.items() <= asdict(settings).items()
+    assert settings.policies(model).order == order
+
+
+def test_settings_become_policies() -> None:
+    settings = SamplingSettings(latent="refreshed", hints=3, hint_estimate="soft", temperature=0.5, top_p=0.9)
+    made = settings.policies(ModelConfig(), stop_id=7)
+    assert (made.latent, made.hints, made.stop_id) == ("refreshed", HintPolicy(3, "soft"), 7)
+    assert made.choice == TokenChoice(0.5, 0.9)
+    with pytest.raises(ValueError, match="num_hints=0 must be at least 1"):
+        SamplingSettings(hints=0).policies(ModelConfig())
 
 
 class Counts(MaskedDiffusion):
@@ -354,18 +376,66 @@ def test_a_completion_stops_at_the_end_token(tokenizer: Tokenizer) -> None:
             assert kind == "masked" or later == text
 
 
-def test_completions_do_not_depend_on_the_batch_size(writer: MaskedDiffusion, tokenizer: Tokenizer) -> None:
-    prompts = ["def f", "x = 1\n", "", "for", "if x:", "class A"]
-    settings = SamplingSettings(steps=6, temperature=1.0, top_p=0.9, seed=2)
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "blocks": {"block_size": 4},
+    "autoregressive": {"autoregressive": True},
+    "latent": {"block_size": 4, "latent": LatentConfig(dim=2, inject="embedding")},
+    "hints": {"block_size": 4, "augmentation": AugmentationConfig()},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("amount", ["even", "ancestral"])
+def test_completions_do_not_depend_on_the_batch_size(
+    tokenizer: Tokenizer, name: str, amount: Literal["even", "ancestral"]
+) -> None:
+    """Nor do their frames, though rows end in different blocks and need different numbers of steps."""
+    if name == "autoregressive":
+        amount = "even"
+    model = make_model(tokenizer.vocab_size, tokenizer.mask_id, **SWITCHES[name])
+    prompts = ["def f", "x = 1\n", "", "for", "if x:", "class A", "y", "z = 2"] * 2
+    settings = SamplingSettings(
+        steps=20 if name == "autoregressive" else 3,
+        temperature=20.0,
+        amount=amount,
+        hints=1 + (name == "hints"),
+        latent="refreshed" if name == "latent" else "kept",
+        seed=2,
+    )
     one, many = (
-        complete(writer, tokenizer, prompts, settings, length=20, batch_size=size, record_frames=True)
-        for size in (1, 4)
+        complete(model, tokenizer, prompts, settings, length=20, batch_size=size, record_frames=True) for size in (1, 5)
     )
     assert one == many
-    again = complete(writer, tokenizer, prompts, SamplingSettings(steps=6, temperature=1.0, seed=3), length=20)
+    other = replace(settings, seed=3)
+    again = complete(model, tokenizer, prompts, other, length=20)
     assert [c.text for c in again] != [c.text for c in one]
     assert [c.prompt for c in one] == prompts
-    assert complete(writer, tokenizer, [], settings, length=20) == []
+    assert complete(model, tokenizer, [], settings, length=20) == []
+    for completion in one:
+        first, *_, last = completion.frames
+        assert [kind for _, kind in first[len(completion.prompt) :]] == ["masked"] * (20 - len(completion.prompt))
+        assert "masked" not in {kind for _, kind in last}
+        assert "new" in {kind for _, kind in last}
+
+
+def test_a_canvas_is_rounded_up_to_whole_blocks(tokenizer: Tokenizer) -> None:
+    model = make_model(tokenizer.vocab_size, tokenizer.mask_id, block_size=8)
+    (done,) = complete(model, tokenizer, ["ab"], SamplingSettings(steps=2), length=17, record_frames=True)
+    assert len(done.frames[0]) == 24
+
+
+def test_an_autoregressive_model_writes_with_the_default_settings(tokenizer: Tokenizer) -> None:
+    model = make_model(tokenizer.vocab_size, tokenizer.mask_id, autoregressive=True)
+    (done,) = complete(model, tokenizer, ["def"], SamplingSettings(), length=80, record_frames=True)
+    tokens = tokenizer.encode("def")
+    with torch.inference_mode():
+        while len(tokens) < 80:
+            hidden = model.denoise(torch.tensor([[*tokens, tokenizer.mask_id]]))[0, -1:]
+            tokens.append(int(model.logits(hidden).argmax()))
+    ended = tokens.index(tokenizer.end_id) if tokenizer.end_id in tokens else 80
+    assert done.text == tokenizer.decode(tokens[3:ended])
+    assert len(done.frames) == 78
 
 
 @pytest.mark.parametrize("length", [3, 6])

@@ -6,6 +6,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ import torch
 
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
-from model.config import ModelConfig, ScheduleConfig, TransformerConfig
+from model.config import (
+    AugmentationConfig,
+    LatentConfig,
+    ModelConfig,
+    PointMlpConfig,
+    RecognitionConfig,
+    ScheduleConfig,
+    TransformerConfig,
+)
+from model.diffusion import StepSchedule
 from pretrain.config import OptimConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
@@ -22,7 +32,9 @@ from pretrain.schedules import learning_rate
 from pretrain.trainer import corrupt_step
 
 TRACES = Path(__file__).with_name("traces.json")
-BASE = ModelConfig(backbone=TransformerConfig(dim=32, num_layers=2, num_heads=2), vocab_size=33, mask_id=32)
+DIT = TransformerConfig(dim=32, num_layers=2, num_heads=2)
+CONDITIONED = replace(DIT, condition_dim=16)
+BASE = ModelConfig(backbone=DIT, vocab_size=33, mask_id=32)
 QWEN = TransformerConfig(
     dim=32, num_layers=2, num_heads=4, num_kv_heads=2, norm="rmsnorm", ffn="swiglu", qkv_bias=True, tie_embeddings=True
 )
@@ -30,11 +42,26 @@ MODELS = {
     "dit": BASE,
     "dit_timed": replace(
         BASE,
-        backbone=replace(BASE.backbone, condition_dim=16, dropout=0.1),
+        backbone=replace(CONDITIONED, dropout=0.1),
         time_conditioning=True,
         schedule=ScheduleConfig(kind="cosine"),
     ),
     "qwen_uniform": replace(BASE, backbone=QWEN, loss_weight="uniform"),
+    "vadd": replace(BASE, backbone=CONDITIONED, latent=LatentConfig(dim=8)),
+    "block_vmd": replace(
+        BASE,
+        backbone=replace(CONDITIONED, modulation="shared"),
+        block_size=4,
+        latent=LatentConfig(dim=8, recognition=RecognitionConfig(num_layers=1, pool="gated")),
+    ),
+    "cadd": replace(BASE, augmentation=AugmentationConfig()),
+    "ar": replace(BASE, autoregressive=True),
+    "point_mlp": replace(
+        BASE,
+        backbone=PointMlpConfig(dim=32, num_layers=2, num_dimensions=16),
+        time_conditioning=True,
+        latent=LatentConfig(dim=2, inject="embedding"),
+    ),
 }
 
 
@@ -68,7 +95,7 @@ def trace(model: ModelConfig, steps: int = 12) -> list[float]:
         first_step=0,
         num_steps=steps,
         num_workers=0,
-        transform=lambda step, rows: corrupt_step(step, rows, model=model, seed=1),
+        transform=partial(corrupt_step, model=model, seed=1, schedule=lambda step: StepSchedule()),
     )
     for step, micro in enumerate(loader):
         terms = engine.forward_backward(micro, scale=1 / micro.corruption.divisor, last=True)

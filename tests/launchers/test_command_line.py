@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ import typer
 
 from data_pipeline.tokenize import tokenize
 from launchers.cli import app, main
+from launchers.options import sampling_settings
 from pretrain.config import RunConfig
 from pretrain.train import train
 
@@ -348,6 +350,8 @@ def test_a_report_of_nothing_is_refused(refused: Callable[..., str], tmp_path: P
         ["eval", "run", "--length", "-1"],
         ["eval", "run", "--batch-size", "0"],
         ["sample", "run", "--order", "alphabetical"],
+        ["sample", "run", "--hints", "0"],
+        ["eval", "run", "--latent", "forgotten"],
         ["eval", "run", "--frobnicate"],
         ["bench", "everything"],
     ],
@@ -394,6 +398,69 @@ def test_from_text_to_a_measured_run(
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
     leftovers = [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
     assert not leftovers
+
+
+def test_sampling_is_declared_once_for_every_command_that_samples() -> None:
+    shared = signature(sampling_settings).parameters
+    assert {"steps", "order", "latent", "hints", "hint_estimate"} <= shared.keys()
+    found = {}
+    for name in ("sample", "eval"):
+        options = {parameter.name: parameter for parameter in COMMANDS.commands[name].params}
+        found[name] = {n: (options[n].opts, getattr(options[n], "help", None), options[n].default) for n in shared}
+    differing = [n for n in shared if found["sample"][n] != found["eval"][n]]
+    assert differing == ["temperature"]
+    assert (found["sample"]["temperature"][-1], found["eval"]["temperature"][-1]) == (1.0, 0.0)
+
+
+LATENT = ("model.block_size=8", "model.latent.dim=4", "model.latent.inject=embedding")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "settings"),
+    [
+        ((), ("--order", "left_to_right", "--steps", "5"), {"order": "left_to_right", "steps": 5, "latent": "kept"}),
+        (("model.autoregressive=true",), (), {"order": "left_to_right", "steps": None}),
+        (LATENT, ("--latent", "refreshed"), {"latent": "refreshed", "steps": 64, "order": "top_probability"}),
+        (
+            ("model.augmentation={}",),
+            ("--hints", "2", "--hint-estimate", "soft", "--amount", "ancestral"),
+            {"hints": 2, "hint_estimate": "soft", "order": "random"},
+        ),
+    ],
+)
+def test_every_switch_is_sampled_and_scored(
+    cli: Cli,
+    tmp_path: Path,
+    make_config: Callable[..., RunConfig],
+    overrides: tuple[str, ...],
+    options: tuple[str, ...],
+    settings: dict[str, object],
+) -> None:
+    train(make_config(tmp_path / "run", "train.steps=1", "validation.every=0", *overrides))
+    code, _, errors = cli("sample", "run", "--prompt", "def f", "--length", "30", *options)
+    assert (code, errors) == (0, "")
+    sampled = json.loads((tmp_path / "run" / "samples" / "sample.json").read_text())
+    assert sampled["settings"].items() >= {**settings, "temperature": 1.0}.items()
+    code, _, errors = cli("eval", "run", "--task", "demo_tasks", "--limit", "1", "--length", "400", *options)
+    assert (code, errors) == (0, "")
+    (record,) = [json.loads(p.read_text()) for p in (tmp_path / "run" / "evaluations").iterdir()]
+    assert record["settings"]["sampling"].items() >= {**settings, "temperature": 0.0}.items()
+
+
+def test_samples_of_a_model_with_a_latent_differ_at_temperature_zero(
+    cli: Cli, tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    train(make_config(tmp_path / "run", "train.steps=1", "validation.every=0", *LATENT))
+    few = ("--num-samples", "2", "--limit", "1", "--length", "400", "--steps", "1")
+    assert cli("eval", "run", "--task", "demo_tasks", *few)[0] == 0
+
+
+def test_switches_that_a_run_has_not_are_not_sampled(
+    refused: Callable[..., str], tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    assert "num_hints=2 needs a model with augmentation: use 1" in refused("sample", "run", "--hints", "2")
+    assert "latent=redrawn needs a model with a latent" in refused("sample", "run", "--latent", "redrawn")
 
 
 def test_without_held_out_text_a_bound_is_refused(

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,12 @@ def test_positions_are_masked_with_probability_one_minus_alpha(config: ScheduleC
     assert abs(deviation_B[hidden_B > 0.05].std() - 1) < 0.25
     per_position_L = corruption.masked_BL.double().mean(0) - hidden_B.mean()
     assert per_position_L.abs().max() < 5 * math.sqrt(0.25 / 500)
+
+
+def test_times_fill_a_clipped_interval() -> None:
+    batch = batch_of(torch.ones(1000, 1, dtype=torch.bool))
+    t_B = corrupt(batch, key_of(batch), settings(ScheduleConfig(t_min=0.45, t_max=0.95))).t_BS[:, 0]
+    assert torch.allclose(t_B.sort().values, 0.45 + 0.5 * (torch.arange(1000) + 0.5).double() / 1000, atol=1e-3)
 
 
 def test_times_fill_the_interval_above_t_min() -> None:
@@ -263,14 +270,114 @@ def test_weighted_averages_estimate_the_bound(function, kind) -> None:  # type: 
 
 
 @pytest.mark.parametrize("function", [corrupt, corrupt_uniform_count])
-def test_rows_of_a_corruption_are_the_corruption_of_the_rows(function) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("changes", [{}, {"block_size": 8}, {"autoregressive": True}], ids=str)
+def test_rows_of_a_corruption_are_the_corruption_of_the_rows(function, changes: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]
     batch = random_batch(12, 40)
-    key = key_of(batch, step=3)
-    whole = function(batch, key, settings())
+    key, config = key_of(batch, step=3), settings(**changes)
+    whole = function(batch, key, config)
     for start, stop in ((0, 5), (5, 12), (11, 12), (0, 12)):
-        part, alone = whole.rows(start, stop), function(batch.rows(start, stop), key.rows(start, stop), settings())
+        part, alone = whole.rows(start, stop), function(batch.rows(start, stop), key.rows(start, stop), config)
         for name, value in vars(alone).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(getattr(part, name), value), name
         assert (part.num_masked, part.divisor) == (alone.num_masked, alone.divisor)
         assert torch.equal(part.key.index_B, alone.key.index_B)
+
+
+BLOCKS, BLOCK = 5, 8
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=str)
+def test_each_block_has_a_time_and_a_weight_of_its_own(config: ScheduleConfig) -> None:
+    """A plain loop: block b of a row is masked as a row of its own would be, at its own time."""
+    batch = random_batch(9, BLOCKS * BLOCK)
+    corruption = corrupt(batch, key_of(batch), settings(config, block_size=BLOCK))
+    assert corruption.t_BS.shape == corruption.weight_BS.shape == (9, BLOCKS)
+    assert corruption.num_segments == BLOCKS
+    assert torch.allclose(corruption.weight_BS, MaskSchedule(config).weight(corruption.t_BS).float())
+    weights = []
+    for b, position in corruption.masked_BL.nonzero().tolist():
+        weights.append(corruption.weight_BS[b, position // BLOCK].item())
+    real = slice(0, corruption.num_masked)
+    assert corruption.weight_M[real].tolist() == weights
+    positions_M = corruption.rows_M[real] % (BLOCKS * BLOCK)
+    assert torch.equal(corruption.segment_of(corruption.rows_M[real]), positions_M // BLOCK)
+    hidden = [[bool(row[s * BLOCK : s * BLOCK + BLOCK].any()) for s in range(BLOCKS)] for row in corruption.masked_BL]
+    assert corruption.hidden_BS.tolist() == hidden
+
+
+def test_blocks_are_masked_at_their_own_rates() -> None:
+    config = settings(ScheduleConfig(t_min=0.05, t_max=0.95), block_size=400)
+    batch = batch_of(torch.ones(300, 1200, dtype=torch.bool))
+    corruption = corrupt(batch, key_of(batch), config)
+    share_BS = corruption.masked_BL.view(300, 3, 400).double().mean(2)
+    deviation_BS = (share_BS - corruption.t_BS) / (corruption.t_BS * (1 - corruption.t_BS) / 400).sqrt()
+    assert deviation_BS.abs().max() < 6
+    assert abs(deviation_BS.std().item() - 1) < 0.1
+    for s in range(3):
+        expected = 0.05 + 0.9 * (torch.arange(300) + 0.5).double() / 300
+        assert torch.allclose(corruption.t_BS[:, s].sort().values, expected, atol=6e-3)
+
+
+def test_one_block_is_the_whole_sequence() -> None:
+    batch = random_batch(9, 32)
+    for function in (corrupt, corrupt_uniform_count):
+        whole, block = (function(batch, key_of(batch), settings(block_size=size)) for size in (0, 32))
+        for name, value in vars(whole).items():
+            if isinstance(value, Tensor):
+                assert torch.equal(getattr(block, name), value), name
+
+
+def test_counts_are_uniform_in_every_block() -> None:
+    """Between the blocks of one step they are not independent: segments of stratified draws differ by a shift."""
+    size = 30_000
+    maskable = [True, False, True, True, True, True, False, False, False, False]
+    batch = batch_of(torch.tensor(maskable).expand(size, 10))
+    corruption = corrupt_uniform_count(batch, key_of(batch), settings(block_size=2))
+    count_BS = corruption.masked_BL.view(size, 5, 2).sum(2)
+    assert count_BS[:, 0].unique().tolist() == [1]
+    assert count_BS[:, 3:].unique().tolist() == [0]
+    for block in (1, 2):
+        assert abs(int((count_BS[:, block] == 1).sum()) - size / 2) < 5 * math.sqrt(size / 4)
+    first_B = corruption.masked_BL[count_BS[:, 1] == 1, 2]
+    assert abs(first_B.double().mean() - 0.5) < 5 / math.sqrt(4 * len(first_B))
+    expected_BS = torch.tensor([1, 2, 2, 0, 0]) / count_BS.clamp(min=1)
+    assert torch.equal(corruption.weight_BS, expected_BS.float())
+    assert corruption.t_BS.isfinite().all()
+
+
+def test_a_sum_over_blocks_estimates_the_sum_of_their_bounds() -> None:
+    """Blocks of the toy function of 4 positions, each with the same expectation."""
+    size = 40_000
+    batch = batch_of(torch.ones(size, 8, dtype=torch.bool))
+    for function in (corrupt, corrupt_uniform_count):
+        config = settings(ScheduleConfig(kind="cosine", t_min=1e-6), block_size=4)
+        corruption = function(batch, key_of(batch), config)
+        value_BS = torch.stack([toy(corruption.masked_BL[:, s * 4 : s * 4 + 4]) for s in range(2)], 1)
+        estimates = (corruption.weight_BS.double() * value_BS).sum(1)
+        assert abs(estimates.mean().item() - 2 * enumerated()) < 5 * (estimates.std() / math.sqrt(size)).item()
+
+
+@pytest.mark.parametrize("function", [corrupt, corrupt_uniform_count])
+@pytest.mark.parametrize("size", [1, 5])
+def test_micro_batches_of_blocks_are_corrupted_as_the_whole(function, size: int) -> None:  # type: ignore[no-untyped-def]
+    batch, config = random_batch(10, 40), settings(block_size=8)
+    key = key_of(batch, step=3)
+    whole = function(batch, key, config)
+    parts = [function(batch.rows(s, s + size), key.rows(s, s + size), config) for s in range(0, 10, size)]
+    for name in ("x_t_BL", "t_BS", "weight_BS"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_next_token_prediction_counts_every_maskable_position_once() -> None:
+    batch = random_batch(6, 20)
+    for function in (corrupt, corrupt_uniform_count):
+        for weight in ("elbo", "uniform"):
+            corruption = function(batch, key_of(batch), settings(autoregressive=True, loss_weight=weight))
+            assert torch.equal(corruption.masked_BL, batch.maskable_BL)
+            assert corruption.num_masked == corruption.num_maskable == corruption.divisor
+            real = slice(0, corruption.num_masked)
+            assert corruption.weight_M[real].unique().tolist() == [1.0]
+            assert torch.equal(corruption.targets_M[real], batch.tokens_BL[batch.maskable_BL])
+            assert torch.equal(corruption.x_t_BL[:, 1:], batch.tokens_BL[:, :-1])
+            assert (corruption.x_t_BL[:, 0] == MASK).all()

@@ -14,7 +14,8 @@ from model.masks import MaskSpec
 from model.noise import NoiseKey
 
 VOCABULARY, MASK, LENGTH = 19, 4, 14
-SMALL = ModelConfig(backbone=TransformerConfig(dim=16, num_layers=2, num_heads=2), vocab_size=VOCABULARY, mask_id=MASK)
+BACKBONE = TransformerConfig(dim=16, num_layers=2, num_heads=2)
+SMALL = ModelConfig(backbone=BACKBONE, vocab_size=VOCABULARY, mask_id=MASK)
 DECODER = TransformerConfig(
     dim=16, num_layers=2, num_heads=4, num_kv_heads=2, norm="rmsnorm", ffn="swiglu", tie_embeddings=True
 )
@@ -109,7 +110,7 @@ def test_linear_weights_are_one_over_t() -> None:
 @pytest.mark.parametrize("function", [corrupt, corrupt_uniform_count])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_micro_batches_add_up_to_the_batch(function, dropout: float) -> None:  # type: ignore[no-untyped-def]
-    config = replace(SMALL, backbone=replace(SMALL.backbone, dropout=dropout))
+    config = replace(SMALL, backbone=replace(BACKBONE, dropout=dropout))
     model, batch = build(config).double().train(), batch_of()
     key = NoiseKey(0, 3, batch.index_B)
 
@@ -129,7 +130,7 @@ def test_micro_batches_add_up_to_the_batch(function, dropout: float) -> None:  #
 
 
 def test_dropout_acts_in_training_only() -> None:
-    config = replace(SMALL, backbone=replace(SMALL.backbone, dropout=0.2))
+    config = replace(SMALL, backbone=replace(BACKBONE, dropout=0.2))
     model, batch = build(config), batch_of()
     corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), config)
     training = [model.train()(batch, corruption, step=StepSchedule()).loss.item() for _ in range(2)]

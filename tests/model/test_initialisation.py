@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 from model import initialisation
-from model.config import ModelConfig, TransformerConfig
+from model.config import AugmentationConfig, LatentConfig, ModelConfig, PointMlpConfig, TransformerConfig
 from model.diffusion import MaskedDiffusion
 from model.initialisation import initialise
 
@@ -18,6 +18,19 @@ BACKBONE = TransformerConfig(
 )
 CONFIG = ModelConfig(backbone=BACKBONE, vocab_size=301, mask_id=300)
 TIMED = replace(CONFIG, backbone=replace(BACKBONE, condition_dim=16, norm="layernorm"), time_conditioning=True)
+SWITCHED = replace(
+    CONFIG,
+    backbone=replace(BACKBONE, condition_dim=64, gates="one", max_positions=50),
+    block_size=4,
+    latent=LatentConfig(dim=40, prior="earlier_blocks"),
+    augmentation=AugmentationConfig(fusion="concat"),
+)
+POINT = replace(
+    CONFIG,
+    backbone=PointMlpConfig(dim=64, num_layers=3),
+    time_conditioning=True,
+    latent=LatentConfig(dim=40, inject="embedding"),
+)
 
 
 def weights(config: ModelConfig = CONFIG, seed: int = 0, *, meta: bool = False) -> dict[str, torch.Tensor]:
@@ -31,11 +44,12 @@ def weights(config: ModelConfig = CONFIG, seed: int = 0, *, meta: bool = False) 
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_the_same_from_the_meta_device_and_after_other_draws() -> None:
-    first = weights(TIMED)
+@pytest.mark.parametrize("config", [TIMED, SWITCHED, POINT], ids=["timed", "switched", "point"])
+def test_the_same_from_the_meta_device_and_after_other_draws(config: ModelConfig) -> None:
+    first = weights(config)
     torch.manual_seed(123)
     torch.randn(7)
-    second = weights(TIMED, meta=True)
+    second = weights(config, meta=True)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -97,8 +111,59 @@ def test_slabs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(whole[name], parameter) for name, parameter in weights().items())
 
 
-def test_every_parameter_is_overwritten() -> None:
-    model = MaskedDiffusion(TIMED)
+def test_latents_and_hints_start_as_they_should() -> None:
+    found = weights(SWITCHED)
+    head = "latent.recognition.head"
+    for name in (
+        f"{head}.log_std.weight",
+        f"{head}.log_std.bias",
+        f"{head}.mean.bias",
+        "latent.prior.head.log_std.weight",
+    ):
+        assert not found[name].any(), name
+    projection = found["augmentation.projection.weight"]
+    assert torch.equal(projection, torch.cat((torch.eye(64), torch.zeros(64, 64)), 1))
+    gated = weights(replace(SWITCHED, augmentation=AugmentationConfig(gated=True)))
+    assert gated["augmentation.gate"].tolist() == [0.0]
+    scales = {
+        f"{head}.mean.weight": 1 / math.sqrt(64),
+        "latent.recognition.mark.weight": 1.0,
+        "latent.recognition.trunk.embed.weight": 1.0,
+        "latent.recognition.trunk.blocks.0.ffn.down.weight": 1 / math.sqrt(6 * BACKBONE.ffn_width),
+        "latent.prior.trunk.embed.weight": 1.0,
+        "latent.prior.project.weight": 1 / math.sqrt(40),
+        "latent.embedding.inner.weight": 1 / math.sqrt(40),
+        "latent.embedding.outer.weight": 1 / math.sqrt(64),
+        "denoiser.place.weight": 1.0,
+    }
+    for name, scale in scales.items():
+        assert stats.kstest((found[name] / scale).flatten().double().numpy(), "norm").pvalue > 1e-4, name
+
+
+def test_perceptrons_start_as_they_should() -> None:
+    found = weights(POINT)
+    recognition = "latent.recognition.mlp"
+    scales = {
+        "denoiser.embed.weight": 1.0,
+        "denoiser.head.weight": 0.02,
+        "denoiser.layers.layers.1.weight": 1 / 8,
+        f"{recognition}.embed.weight": 1.0,
+        f"{recognition}.layers.layers.0.weight": 1 / 8,
+        f"{recognition}.join.weight": 1 / 8,
+    }
+    for name, scale in scales.items():
+        assert stats.kstest((found[name] / scale).flatten().double().numpy(), "norm").pvalue > 1e-4, name
+
+
+def test_a_parent_gives_its_weights_to_every_switch() -> None:
+    """The denoiser's names do not depend on what is switched on beside it."""
+    parent, child = weights(CONFIG), weights(SWITCHED)
+    assert all(torch.equal(child[name], parameter) for name, parameter in parent.items())
+
+
+@pytest.mark.parametrize("config", [TIMED, SWITCHED, POINT], ids=["timed", "switched", "point"])
+def test_every_parameter_is_overwritten(config: ModelConfig) -> None:
+    model = MaskedDiffusion(config)
     for parameter in model.parameters():
         nn.init.constant_(parameter, torch.nan)
     initialise(model, 0, num_layers=3)

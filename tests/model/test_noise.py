@@ -14,6 +14,8 @@ from model.noise import NoiseKey, Stream, normal_at, stream_key
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 MODULUS = 1 << 64
+PINNED_SEGMENTS = [0.7001460210481795, 0.8705558442111939, 0.07408574375257049]
+PINNED_NORMALS = [0.1447603553533554, 0.46570175886154175, 0.6749438643455505, -0.32798752188682556]
 
 
 def split_mix(state: int, count: int) -> list[int]:
@@ -87,7 +89,7 @@ def test_a_split_batch_draws_the_same_bits(step: int) -> None:
         for size in (1, 5, 12):
             parts = [whole.rows(start, min(12, start + size)) for start in range(0, 12, size)]
             assert torch.equal(torch.cat([part.stream(name).bits(3, 5) for part in parts]), bits)
-            assert torch.equal(torch.cat([part.stratified() for part in parts]), whole.stratified())
+            assert torch.equal(torch.cat([part.stratified()[:, 0] for part in parts]), whole.stratified()[:, 0])
         shuffled = NoiseKey(whole.seed, step, whole.index_B[order])
         assert torch.equal(shuffled.stream(name).bits(3, 5), bits[order])
         assert torch.equal(shuffled.stream(name).fold(4).bits(2), whole.stream(name).fold(4).bits(2)[order])
@@ -182,7 +184,7 @@ def test_a_tensor_drawn_in_pieces_is_the_whole() -> None:
 
 def test_stratified_is_the_exact_fraction() -> None:
     index = [0, 1, 2, 1000, 2**40 + 17, 2**62]
-    found = NoiseKey(3, 5, torch.tensor(index)).stratified()
+    found = NoiseKey(3, 5, torch.tensor(index)).stratified()[:, 0]
     start = Fraction(found[0].item())
     for draw, j in zip(found.tolist(), index):
         exact = (start + j * Fraction(GOLDEN, MODULUS)) % 1
@@ -191,7 +193,7 @@ def test_stratified_is_the_exact_fraction() -> None:
 
 
 def test_stratified_starts_anew_each_step_and_name() -> None:
-    starts = torch.stack([key(1, step=step).stratified()[0] for step in range(3000)])
+    starts = torch.stack([key(1, step=step).stratified()[0, 0] for step in range(3000)])
     assert stats.kstest(starts.numpy(), "uniform").pvalue > 1e-4
     assert abs(torch.corrcoef(torch.stack((starts[1:], starts[:-1])))[0, 1]) < 5 / math.sqrt(3000)
     assert key(1).stratified("time") != key(1).stratified("count")
@@ -199,7 +201,7 @@ def test_stratified_starts_anew_each_step_and_name() -> None:
 
 @pytest.mark.parametrize("first", [0, 12_345, 2**35])
 def test_every_contiguous_slice_is_stratified(first: int) -> None:
-    whole = key(2000, first=first).stratified()
+    whole = key(2000, first=first).stratified()[:, 0]
     for start, count in ((0, 1), (7, 2), (100, 8), (3, 64), (500, 100), (999, 1000)):
         slice_ = whole[start : start + count].sort().values
         gaps = torch.cat((slice_.diff(), (slice_[:1] + 1 - slice_[-1:])))
@@ -217,5 +219,89 @@ def test_the_numbers_stay_what_they_are() -> None:
         832507444549321124,
         -5093724147802378546,
     ]
-    assert pinned.stratified().tolist() == [0.4091901795068892, 0.027224168256784087, 0.7001460210481795]
+    assert pinned.stratified()[:, 0].tolist() == [0.4091901795068892, 0.027224168256784087, 0.7001460210481795]
     assert NoiseKey(-1, 7, torch.tensor([3])).stream("dropout").fold(2).bits(1).item() == -2998436879944807137
+
+
+def test_normal_draws_of_a_stream_are_normal() -> None:
+    along = key(1).stream("latent").normal(200_001)[0]
+    across = key(50_000).stream("latent").normal(3)
+    assert (along.dtype, along.shape, across.shape) == (torch.float32, (200_001,), (50_000, 3))
+    for draws in (along, across.flatten(), across[:, 2]):
+        assert stats.kstest(draws.double().numpy(), "norm").pvalue > 1e-4
+    pairs = torch.stack((along[0:200_000:2], along[1:200_000:2], along[0:200_000:2] ** 2, along[1:200_000:2] ** 2))
+    for one, two in ((0, 1), (2, 3)):  # the two halves of one word
+        assert abs(torch.corrcoef(pairs)[one, two]) < 5 / math.sqrt(100_000)
+    assert abs(torch.corrcoef(torch.stack((along[1:-1:2], along[2::2])))[0, 1]) < 5 / math.sqrt(100_000)
+    assert torch.corrcoef(across.T).fill_diagonal_(0.0).abs().max() < 5 / math.sqrt(50_000)
+
+
+def test_normal_draws_are_box_muller_of_the_two_halves_of_a_word() -> None:
+    words = split_mix(77, 3)
+    found = Stream(signed([77])).normal(5)[0].tolist()
+    for n, value in enumerate(found):
+        first, second = ((half + 0.5) / 2**32 for half in (words[n // 2] >> 32, words[n // 2] % 2**32))
+        turn = (math.cos, math.sin)[n % 2](2 * math.pi * second)
+        assert value == pytest.approx(math.sqrt(-2 * math.log(first)) * turn, abs=2e-6)
+
+
+def test_normal_draws_at_the_extremes_are_finite() -> None:
+    extremes = [0, 1, MODULUS - 1, (1 << 32) - 1, MODULUS - (1 << 32)]
+    draws = Stream(signed([state_before(bits) for bits in extremes])).normal(2)
+    assert draws.isfinite().all()
+    assert draws.abs().max() > 6.5
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_normal_draws_do_not_depend_on_the_batch(size: int) -> None:
+    whole = key(12, first=2**40)
+    draws = whole.stream("hint").normal(3, 5)
+    parts = [whole.rows(start, start + size).stream("hint").normal(3, 5) for start in range(0, 12, size)]
+    assert torch.equal(torch.cat(parts), draws)
+    longer = whole.stream("hint").normal(40)
+    assert torch.equal(longer[:, :15], draws.flatten(1))
+
+
+def test_streams_at_places_are_the_folds_of_their_sequences() -> None:
+    stream = key(6).stream("hint")
+    sequence_M, number_M = torch.tensor([0, 0, 5, 3, 3]), torch.tensor([0, 7, 7, 0, 1000])
+    found = stream.at(sequence_M, number_M).bits(4)
+    for row, b, number in zip(found, sequence_M.tolist(), number_M.tolist()):
+        assert torch.equal(row, stream.fold(number).bits(4)[b])
+    assert found.unique().numel() == found.numel()
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert stream.at(empty, empty).normal(3, 2).shape == (0, 3, 2)
+
+
+def test_places_are_independent_of_each_other() -> None:
+    places = torch.zeros(20, dtype=torch.int64), torch.arange(20)
+    draws = key(1).stream("hint").at(*places).uniform(4000)
+    assert torch.corrcoef(draws).fill_diagonal_(0.0).abs().max() < 6 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("first", [0, 2**35])
+def test_every_segment_is_stratified_with_a_shift_of_its_own(first: int) -> None:
+    whole = key(2000, first=first).stratified(num_segments=5)
+    assert whole.shape == (2000, 5)
+    assert torch.equal(whole[:, :1], key(2000, first=first).stratified())
+    for segment in range(5):
+        for start, count in ((7, 2), (100, 8), (500, 100), (999, 1000)):
+            slice_ = whole[start : start + count, segment].sort().values
+            assert (slice_ * count - torch.arange(count) - 0.5).abs().max() < 2.0
+    shift_BS = (whole - whole[:, :1]) % 1.0
+    assert (shift_BS - shift_BS[:1]).abs().max() < 1e-12  # h(step, block), whatever the sample
+    assert shift_BS[0].unique().numel() == 5
+    assert torch.equal(key(2000, first=first).stratified(num_segments=3), whole[:, :3])
+
+
+def test_shifts_of_segments_are_uniform_and_independent_over_steps() -> None:
+    starts = torch.cat([key(1, step=step).stratified(num_segments=4) for step in range(3000)])
+    for segment in range(4):
+        assert stats.kstest(starts[:, segment].numpy(), "uniform").pvalue > 1e-4
+    assert torch.corrcoef(starts.T).fill_diagonal_(0.0).abs().max() < 5 / math.sqrt(3000)
+
+
+def test_the_newer_numbers_stay_what_they_are_too() -> None:
+    pinned = NoiseKey(0, 0, torch.tensor([0, 2**40]))
+    assert pinned.stratified(num_segments=3)[1].tolist() == PINNED_SEGMENTS
+    assert pinned.stream("latent").normal(2).flatten().tolist() == pytest.approx(PINNED_NORMALS, abs=1e-6)

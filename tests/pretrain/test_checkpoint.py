@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_pipeline.tokenizers import Tokenizer, make_tokenizer
-from model.config import ModelConfig, TransformerConfig
+from model.config import AugmentationConfig, LatentConfig, ModelConfig, TransformerConfig
 from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation, newest_good, resume
 from pretrain.checkpoint.save import checkpoint_name, save_checkpoint
 from pretrain.config import OptimConfig, TrainConfig
@@ -224,6 +225,31 @@ def test_another_model_is_refused_by_its_differences(tmp_path: Path, tokenizer: 
     assert "model.loss_weight is elbo there and uniform here" in str(caught.value)
     assert "model.mask_id" not in str(caught.value)
     assert all(torch.equal(t, before[n]) for n, t in engine.state_dict()["model"].items())
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [{"latent": LatentConfig(dim=2, inject="embedding")}, {"augmentation": AugmentationConfig()}, {"block_size": 4}],
+)
+def test_a_model_with_another_switch_is_another_model(
+    tmp_path: Path, tokenizer: Tokenizer, switch: dict[str, Any]
+) -> None:
+    (name,) = switch
+    other = replace(MODEL, **switch)
+    for there, here in ((MODEL, other), (other, MODEL)):
+        folder = tmp_path / ("on" if here is MODEL else "off")
+        path = save_checkpoint(
+            folder / CHECKPOINTS,
+            make_engine(there).state_dict(),
+            TrainState(step=1),
+            there,
+            single_process(),
+            save_tokenizer=tokenizer.save,
+            keep=1,
+        )
+        with pytest.raises(ValueError, match=rf"checkpoint of another model \(.*model\.{name}"):
+            resume(path, make_engine(here), here, {})
+        assert resume(path, make_engine(there), there, {}).step == 1
 
 
 def test_an_average_that_is_not_there_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,10 +1,21 @@
 import dataclasses
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pretrain.config import RunConfig, ShardData, ToyFunctionsData, dump_config, known_keys, load_config, validate
+from model.config import AugmentationConfig, LatentConfig
+from pretrain.config import (
+    KINDS,
+    RunConfig,
+    ShardData,
+    ToyFunctionsData,
+    dump_config,
+    known_keys,
+    load_config,
+    validate,
+)
 from pretrain.recipes import build, recipes
 
 SMALL = {"name": "x", "data": {"kind": "shards", "path": "somewhere"}}
@@ -50,6 +61,12 @@ def test_every_inconsistency_is_listed_at_once() -> None:
         ("model.num_layers", "model.backbone.num_layers"),
         ("optim.rl", "optim.lr"),
         ("train.keep_last", "checkpoint.keep"),
+        ("kl_weight", "train.kl_weight"),
+        ("model.latent.dmi", "model.latent.dim"),
+        ("model.latent.num_layers", "model.latent.recognition.num_layers"),
+        ("model.latent.recognition.layers", "model.latent.recognition.num_layers"),
+        ("model.augmentation.fusoin", "model.augmentation.fusion"),
+        ("model.backbone.dimm", "model.backbone.dim"),
     ],
 )
 def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
@@ -64,7 +81,15 @@ def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
         ("optim.lr.peak=3", "optim.lr"),
         ("model=3", "model=3"),
         ("data=3", "data=3"),
-        ("data.kind=images", "data"),
+        ("data.kind=images", "data.kind='images' is not one of shards, toy_functions, patterns, points, sudoku"),
+        ("model.backbone.kind=unet", "model.backbone.kind='unet' is not one of transformer, point_mlp"),
+        ("model.backbone=null", "model.backbone=None: model.backbone is a group of settings"),
+        ("model.latent=3", "model.latent=3: model.latent is a group of settings"),
+        ("model.latent.prior=uniform", "'normal', 'x_t' or 'earlier_blocks'"),
+        ("model.augmentation.scale=2", "'half_life' or 'literal'"),
+        ("train.freeze=denoiser", "train.freeze='denoiser': input should be a valid list"),
+        ("train.freeze=['(']", "train.freeze: '(' is not a regular expression"),
+        ("train.kl_weight=-1", "train.kl_weight=-1"),
         ("train.precision=fp8", "'fp32' or 'bf16'"),
         ("train.precision", "write dotted.key=value"),
         ("=3", "write dotted.key=value"),
@@ -86,7 +111,10 @@ def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
     ],
 )
 def test_bad_values_are_refused_by_name(override: str, part: str) -> None:
-    assert part in problem(override)
+    text = problem(override)
+    assert part in text
+    assert len(text.splitlines()) == 1
+    assert "Config" not in text
 
 
 @pytest.mark.parametrize(
@@ -118,10 +146,37 @@ def test_overrides_reach_every_depth_and_keep_the_tree() -> None:
     assert validate(SMALL, ["seed=1", "seed=2"]).seed == 2
 
 
-def test_the_kind_of_data_decides_its_keys() -> None:
+def test_the_kind_of_a_group_decides_its_keys() -> None:
     assert isinstance(validate(SMALL).data, ShardData)
     assert isinstance(validate({"name": "x", "data": {"kind": "toy_functions", "length": 128}}).data, ToyFunctionsData)
     assert problem("data.variants=3") == "data.variants is not a setting of data.kind=shards"
+    assert problem("data.size=4") == "data.size is not a setting of data.kind=shards"
+    text = problem("model.backbone.num_dimensions=3", "model.backbone.num_heads=4")
+    assert text == "model.backbone.num_dimensions is not a setting of model.backbone.kind=transformer"
+    text = problem("model.backbone.kind=point_mlp", "model.backbone.num_heads=4", "model.backbone.num_layer=4")
+    assert text.splitlines()[1:] == [
+        "- model.backbone.num_heads is not a setting of model.backbone.kind=point_mlp",
+        "- model.backbone.num_layer is not a setting: did you mean model.backbone.num_layers?",
+    ]
+    with pytest.raises(ValueError, match=r"^data\.kind is missing: set it to one of shards, toy_functions"):
+        validate({"name": "x", "data": {"path": "somewhere"}})
+
+
+def test_a_switch_that_is_off_is_turned_on_by_any_of_its_settings() -> None:
+    assert validate(SMALL).model.latent is None
+    config = validate(asdict(validate(SMALL)), ["model.latent.dim=8", "model.latent.inject=embedding"])
+    assert config.model.latent == LatentConfig(dim=8, inject="embedding")
+    assert validate(SMALL, ["model.augmentation={}"]).model.augmentation == AugmentationConfig()
+    back = validate(asdict(config), ["model.latent=null", "model.augmentation.gated=true"])
+    assert back.model.latent is None
+    assert back.model.augmentation == AugmentationConfig(gated=True)
+
+
+def test_a_frozen_projection_that_passes_no_hint_is_refused() -> None:
+    concat = ("model.augmentation.fusion=concat", "train.freeze=[augmentation\\..*]")
+    assert "freezes the projection of augmentation.fusion=concat" in problem(*concat)
+    assert validate(SMALL, [concat[0], "train.freeze=[denoiser\\..*]"]).train.freeze == ("denoiser\\..*",)
+    assert validate(SMALL, ["model.augmentation.fusion=add", concat[1]]).train.freeze
 
 
 def test_settings_are_frozen() -> None:
@@ -142,16 +197,20 @@ def test_every_recipe_survives_yaml(tmp_path: Path, name: str) -> None:
     assert validate(yaml.safe_load(dump_config(config)), ["seed=5"]) == dataclasses.replace(config, seed=5)
 
 
-def test_every_known_key_is_a_setting() -> None:
-    keys = list(known_keys())
-    leaves = [k for k in keys if not any(other.startswith(f"{k}.") for other in keys) and k != "data.kind"]
-    assert len(leaves) > 60
+@pytest.mark.parametrize("data", KINDS["data"])
+@pytest.mark.parametrize("backbone", KINDS["model.backbone"])
+def test_every_known_key_is_a_setting(data: str, backbone: str) -> None:
+    kinds = {"data": data, "model.backbone": backbone}
+    keys = list(known_keys(kinds))
+    assert len(keys) == len(set(keys)) > 60
+    leaves = [k for k in keys if not any(other.startswith(f"{k}.") for other in keys)]
+    chosen = [f"{path}.kind={kind}" for path, kind in kinds.items()]
+    wrong = [f"{key}={{}}" for key in leaves if key.removesuffix(".kind") not in kinds]
     with pytest.raises(ValueError, match=r".") as caught:
-        validate(SMALL, [*(f"{key}=[]" for key in leaves), "nonsense=1"])
-    unknown = [line for line in str(caught.value).splitlines() if "did you mean" in line]
-    assert unknown == ["- nonsense is not a setting: did you mean seed?"]
-    wrong = {line[2:].split("=")[0] for line in str(caught.value).splitlines()[1:]}
-    assert wrong >= {key for key in leaves if not key.startswith("data.")}
+        validate({"name": "x"}, [*wrong, *chosen, "nonsense=1"])
+    said = [line.removeprefix("- ") for line in str(caught.value).splitlines()[1:]]
+    assert [line for line in said if "is not a setting" in line] == ["nonsense is not a setting: did you mean seed?"]
+    assert {line.partition(":")[0].partition("=")[0] for line in said[:-1]} >= {w.removesuffix("={}") for w in wrong}
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

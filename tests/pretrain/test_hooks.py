@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import RunConfig
+from model.collapse import LatentReport
+from pretrain.config import RunConfig, TrainConfig
+from pretrain.hooks.base import StepRecord
+from pretrain.hooks.collapse_warning import PATIENCE, CollapseWarning
 from pretrain.hooks.config_file import ConfigFile
 from pretrain.hooks.metrics import MetricsFile
 from pretrain.hooks.wandb import WandbRun
 from pretrain.state import TrainState
-from pretrain.train import train
+from pretrain.train import make_hooks, train
 from pretrain.writable import check_writable
 
 MakeConfig = Callable[..., RunConfig]
@@ -67,3 +70,44 @@ def test_wandb_continues_a_run_by_an_id_of_its_own(
     assert opened[0]["config"]["parameters"] == 7
     assert opened[0]["config"]["model"]["backbone"]["dim"] == 32
     assert [path.name for path in (tmp_path / "b" / "run").iterdir()] == ["wandb_id"]
+
+
+def line(step: int, kl: float | None) -> StepRecord:
+    latent = None if kl is None else LatentReport(kl, 0, 0.0)
+    return StepRecord(step, 1.0, 1.0, 1.0, 1e-3, 0, 0, 1.0, None, latent)
+
+
+def said_at(kls: list[float | None], capsys: pytest.CaptureFixture[str], **settings: float) -> list[int]:
+    """The steps, ten apart, after which something was printed."""
+    hook, steps = CollapseWarning(TrainConfig(**settings)), []  # type: ignore[arg-type]
+    for number, kl in enumerate(kls, start=1):
+        hook.on_log(line(10 * number, kl))
+        if capsys.readouterr().err:
+            steps.append(10 * number)
+    return steps
+
+
+def test_a_silent_latent_is_named_once_after_its_annealing(capsys: pytest.CaptureFixture[str]) -> None:
+    silent: list[float | None] = [0.01] * 40
+    assert said_at(silent, capsys) == [10 * PATIENCE]
+    assert said_at(silent, capsys, kl_anneal_steps=100) == [100 + 10 * PATIENCE]
+    assert said_at([0.0499] * 40, capsys) == [10 * PATIENCE]
+    assert said_at([0.051] * 40, capsys) == []
+    assert said_at([*silent[: PATIENCE - 1], 2.0, *silent], capsys) == [20 * PATIENCE]
+    assert said_at([None] * 40, capsys) == []
+
+
+def test_the_sentence_about_a_silent_latent_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
+    hook = CollapseWarning(TrainConfig(kl_anneal_steps=7, kl_weight=2.0))
+    for step in range(8, 8 + PATIENCE):
+        hook.on_log(line(step, 0.02))
+    (text,) = capsys.readouterr().err.splitlines()
+    for part in ("KL 0.020", f"step {7 + PATIENCE}", "train.kl_anneal_steps (now 7)", "train.kl_weight (now 2)"):
+        assert part in text
+
+
+def test_only_runs_with_a_latent_are_watched_for_collapse(tmp_path: Path, make_config: MakeConfig) -> None:
+    latent = ("model.latent.dim=2", "model.latent.inject=embedding")
+    for overrides, number in (((), 0), (latent, 1)):
+        hooks = make_hooks(make_config(tmp_path, *overrides), 1, 1)
+        assert sum(isinstance(hook, CollapseWarning) for hook in hooks) == number

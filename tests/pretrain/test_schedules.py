@@ -1,9 +1,11 @@
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from pretrain.config import OptimConfig
-from pretrain.schedules import learning_rate
+from pretrain.config import OptimConfig, RunConfig
+from pretrain.schedules import learning_rate, step_schedule
 from pretrain.trainer import averaging_decay
 
 
@@ -50,3 +52,16 @@ def test_young_averages_forget_faster() -> None:
     assert decays[0] == pytest.approx(0.1)
     assert decays == sorted(decays)
     assert decays[-1] == 0.99
+
+
+def test_the_kl_weight_grows_linearly_and_stays(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(tmp_path, "train.kl_weight=4", "train.kl_anneal_steps=8", "train.steps=20")
+    weights = [step_schedule(step, config).kl_weight for step in range(20)]
+    assert weights == pytest.approx([0.5 * n for n in range(1, 9)] + [4.0] * 12)
+    plain = make_config(tmp_path, "train.kl_weight=0.25")
+    assert {step_schedule(step, plain).kl_weight for step in range(12)} == {0.25}
+
+
+def test_statistics_are_taken_where_a_line_is_written(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(tmp_path, "log.every=5")
+    assert [step + 1 for step in range(12) if step_schedule(step, config).statistics] == [5, 10, 12]

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from data_pipeline.packing import ShardSource
 from model.batch import Batch
 from model.corruption import corrupt_uniform_count
-from model.diffusion import LossTerms
+from model.diffusion import LossTerms, StepSchedule
 from model.flops import training_flops
 from model.masks import MaskSpec
 from model.noise import NoiseKey
@@ -124,6 +125,48 @@ def test_a_resumed_run_goes_on_bit_for_bit(
         assert torch.equal(parameter, dict(ours.model.named_parameters())[named])
     assert ours.state.resumes == 1
     assert ours.state.step == 12
+
+
+LATENT = ("model.latent.dim=3", "model.backbone.condition_dim=8", "train.kl_anneal_steps=6")
+SWITCHES = {
+    "latent": LATENT,
+    "block_latent": (*LATENT, "model.block_size=8", "model.latent.prior=earlier_blocks"),
+    "hints": ("model.augmentation.mse_weight=0.5",),
+    "autoregressive": ("model.autoregressive=true",),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_with_any_switch_a_run_is_the_same_in_pieces(
+    tmp_path: Path, make_config: MakeConfig, trace: ReadTrace, name: str
+) -> None:
+    """Cut into micro-batches to rounding, resumed bit for bit."""
+    settings = ("train.steps=8", "validation.every=4", *SWITCHES[name])
+    train(make_config(tmp_path / "whole", *settings))
+    train(make_config(tmp_path / "split", *settings, "train.micro_batch_tokens=96"))
+    whole, split = trace(tmp_path / "whole"), trace(tmp_path / "split")
+    for step, line in whole.items():
+        for key in ("train.loss", "train.ce", "train.grad_norm", *(k for k in ("train.kl",) if k in line)):
+            assert split[step][key] == pytest.approx(line[key], rel=1e-5), (step, key)
+    half = f"{CHECKPOINTS}/step-00000004"
+    shutil.copytree(tmp_path / "whole" / half, tmp_path / "resumed" / half)
+    train(make_config(tmp_path / "resumed", *settings))
+    assert trace(tmp_path / "resumed") == {step: line for step, line in whole.items() if step > 4}
+
+
+def test_lines_of_a_run_with_a_latent_say_what_it_says(tmp_path: Path, make_config: MakeConfig) -> None:
+    train(make_config(tmp_path / "run", *LATENT, "train.steps=7", "log.every=3", "validation.every=7"))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    told = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in told] == [3, 6, 7]
+    for line in told:
+        assert line["kl"] > 0
+        assert 0 <= line["active_units"] <= 3
+        assert line["mutual_information"] <= math.log(16)
+        assert "latent" not in line
+    (validation,) = [line for line in lines if line["kind"] == "validation"]
+    assert validation["bound"] == "delbo"
+    assert 0 < validation["delbo_error"] < validation["delbo"]
 
 
 def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(
@@ -246,7 +289,7 @@ def test_the_validation_bound_does_not_depend_on_how_the_rows_are_cut(make_confi
         other = make_config(tmp_path / "run", f"train.{key}")
         found, first = (validation_bound(engine, data, model, each) for each in (other, config))
         assert found.tokens == first.tokens == 7 * 32
-        assert found.nelbo == pytest.approx(first.nelbo, rel=1e-6)
+        assert found.value == pytest.approx(first.value, rel=1e-6)
         assert found.error == pytest.approx(first.error, rel=1e-4)
     source = data.validation
     assert source is not None
@@ -258,7 +301,8 @@ def test_the_validation_bound_does_not_depend_on_how_the_rows_are_cut(make_confi
         (ce_L,) = cross_entropy(engine, batch, noise.x_t_BL)
         num_masked = int(noise.masked_BL.sum())
         total += float(ce_L[noise.masked_BL[0]].sum()) * 32 / num_masked
-    assert first.nelbo == pytest.approx(total / (7 * 32), rel=1e-5)
+    assert (first.kind, first.tokens) == ("nelbo", 7 * 32)
+    assert first.value == pytest.approx(total / (7 * 32), rel=1e-5)
 
 
 def test_without_held_out_rows_there_is_no_bound(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -271,12 +315,14 @@ def test_micros_are_a_function_of_the_step_and_the_rows(make_config: MakeConfig,
     source = ShardSource(shards, "train", 32)
     index = torch.arange(12)
     rows = {**source.gather(index.numpy()), "index": index}
-    whole = corrupt_step(3, rows, model=model, seed=0)
+    schedule = partial(StepSchedule, statistics=True)
+    whole = corrupt_step(3, rows, model=model, seed=0, schedule=schedule)
     parts = whole.split(5)
     assert [p.batch.num_sequences for p in parts] == [5, 5, 2]
     assert torch.equal(torch.cat([p.corruption.x_t_BL for p in parts]), whole.corruption.x_t_BL)
     assert torch.equal(torch.cat([p.corruption.t_BS[:, 0] for p in parts]), whole.corruption.t_BS[:, 0])
-    other = corrupt_step(4, rows, model=model, seed=0)
+    assert {part.step for part in (whole, *parts)} == {StepSchedule(kl_weight=3, statistics=True)}
+    other = corrupt_step(4, rows, model=model, seed=0, schedule=schedule)
     assert not torch.equal(other.corruption.x_t_BL, whole.corruption.x_t_BL)
 
 

@@ -9,32 +9,29 @@ from torch.nn import functional as F
 from model.batch import Batch
 from model.config import ModelConfig, TransformerConfig
 from model.corruption import corrupt
+from model.diffusion import StepSchedule
 from model.noise import NoiseKey
 from pretrain.config import OptimConfig, TrainConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
-from pretrain.schedules import step_schedule
 
 from .timing import alternate
 
 NUM_SEQUENCES, LENGTH = 4, 512
-MODEL = ModelConfig(
-    backbone=TransformerConfig(
-        dim=256,
-        num_layers=12,
-        num_heads=8,
-        num_kv_heads=2,
-        ffn_dim=1024,
-        norm="rmsnorm",
-        ffn="swiglu",
-        qkv_bias=True,
-        tie_embeddings=True,
-        rope_theta=1_000_000.0,
-    ),
-    vocab_size=151_936,
-    mask_id=151_666,
+BACKBONE = TransformerConfig(
+    dim=256,
+    num_layers=12,
+    num_heads=8,
+    num_kv_heads=2,
+    ffn_dim=1024,
+    norm="rmsnorm",
+    ffn="swiglu",
+    qkv_bias=True,
+    tie_embeddings=True,
+    rope_theta=1_000_000.0,
 )
+MODEL = ModelConfig(backbone=BACKBONE, vocab_size=151_936, mask_id=151_666)
 SETTINGS = {
     "sequences": NUM_SEQUENCES,
     "length": LENGTH,
@@ -77,7 +74,7 @@ def _our_step(batch: Batch) -> tuple[Callable[[], None], int]:
 
     def step() -> None:
         corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), MODEL)
-        engine.forward_backward(Micro(batch, corruption, step_schedule(0)), scale=1 / corruption.divisor, last=True)
+        engine.forward_backward(Micro(batch, corruption, StepSchedule()), scale=1 / corruption.divisor, last=True)
         engine.reduce_and_clip(1.0)
         engine.step(lr=1e-4, take=torch.ones(()))
 
@@ -87,7 +84,7 @@ def _our_step(batch: Batch) -> tuple[Callable[[], None], int]:
 def _their_step(batch: Batch) -> tuple[Callable[[], None], int]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    b = MODEL.backbone
+    b = BACKBONE
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=MODEL.vocab_size,

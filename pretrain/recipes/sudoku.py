@@ -1,0 +1,73 @@
+"""Sudoku (VMD Section 4.3, Appendix C.2) on small grids of our own, with one solution or with many.
+
+Readings: clues stay in their places and are never masked, instead of a puzzle, a separator and a solution in one row
+(which doubles the length for the same information). Modulation is shared by all blocks, pooling is a softmax over the
+answer's cells, as in C.2; width and depth are scaled down with the grid.
+"""
+
+from dataclasses import replace
+
+from model.config import LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
+from model.size import matched_control
+
+from ..config import (
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    SudokuData,
+    TrainConfig,
+    ValidationConfig,
+)
+from . import Family
+
+
+def sudoku4_few() -> Family:
+    """4 x 4 Sudoku with so few clues that there are many solutions."""
+    return _systems(SudokuData(size=4, family="few_clues"))
+
+
+def sudoku4_unique() -> Family:
+    """4 x 4 Sudoku with one solution."""
+    return _systems(SudokuData(size=4, family="unique"))
+
+
+def sudoku6_few() -> Family:
+    """6 x 6 Sudoku with so few clues that there are many solutions."""
+    return _systems(SudokuData(size=6, family="few_clues"))
+
+
+def sudoku6_unique() -> Family:
+    """6 x 6 Sudoku with one solution."""
+    return _systems(SudokuData(size=6, family="unique"))
+
+
+def _systems(data: SudokuData) -> Family:
+    small = data.size == 4
+    backbone = TransformerConfig(
+        dim=64 if small else 128, num_layers=4 if small else 6, num_heads=2 if small else 4, max_positions=data.length
+    )
+    mdm = ModelConfig(backbone=backbone, vocab_size=data.size + 3, mask_id=data.size)
+    vmd = replace(
+        mdm,
+        backbone=replace(backbone, condition_dim=128, modulation="shared"),
+        latent=LatentConfig(dim=128, recognition=RecognitionConfig(num_layers=2 if small else 4, pool="gated")),
+    )
+    return {
+        "mdm": _run(data, mdm),
+        "vmd": _run(data, vmd, kl_anneal_steps=2000),
+        "mdm_matched": _run(data, matched_control(vmd)),
+    }
+
+
+def _run(data: SudokuData, model: ModelConfig, **train: int) -> RunConfig:
+    return RunConfig(
+        name="sudoku",
+        data=data,
+        model=model,
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=100, beta2=0.99, weight_decay=0.0),
+        train=TrainConfig(steps=6000, batch_tokens=512 * data.length, **train),  # type: ignore[arg-type]
+        validation=ValidationConfig(every=500, num_sequences=512),
+        checkpoint=CheckpointConfig(every=250, keep=1),
+        log=LogConfig(every=25),
+    )
