@@ -173,7 +173,9 @@ def _code(name: str, tasks: Sequence[Task], run: EvaluatedRun, settings: Evaluat
     tokenizer = run.loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{run.loaded.checkpoint} has no tokenizer and can not write code")
-    if settings.num_samples > 1 and settings.sampling.always_the_same:
+    model = run.loaded.model.config
+    draws = model.latent is not None or model.augmentation is not None
+    if settings.num_samples > 1 and settings.sampling.always_the_same and not draws:
         raise ValueError(
             f"all {settings.num_samples} samples of a task would be the same at temperature 0: "
             "set --temperature, for example to 0.8, or --num-samples 1"

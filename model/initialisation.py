@@ -80,7 +80,7 @@ def _fill_normal(local: Tensor, parameter: Tensor, key: int, scale: float) -> No
     offset = _offset(parameter)
     if not local.numel():
         return
-    width = parameter[0].numel()
+    width = parameter.shape[1:].numel()
     columns = torch.arange(local[0].numel(), device=local.device)
     if local.dim() == 2:
         columns = columns + offset[1]

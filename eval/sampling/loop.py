@@ -79,7 +79,9 @@ def sample(
             state = state.with_tokens(active_B, part)
             if on_step is not None:
                 on_step(state)
-        part = block.remember(model, replace(part, step=(block.index + 1) * steps))
+        part = replace(part, step=(block.index + 1) * steps)
+        if block.stop < state.tokens_BL.shape[1]:
+            part = block.remember(model, part)
         if policies.stop_id is not None:
             open_B = _unfinished(part, policies.stop_id, block)
             active_B, part = active_B[open_B], part.rows(open_B)
