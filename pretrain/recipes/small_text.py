@@ -1,6 +1,6 @@
 """Text and code of the interpreter's standard library in short rows: hints, their ablations, and a judge, in minutes.
 
-A reading: CADD writes OpenWebText in rows of 1,024 GPT-2 tokens; here pairs of bytes are merged to 2,048 tokens, rows
+A reading: CADD writes OpenWebText in rows of 1,024 GPT-2 tokens; here pairs of bytes are merged to 1,024 tokens, rows
 have 64, and generative perplexity is that of the autoregressive model trained on the same rows.
 """
 
@@ -34,13 +34,13 @@ def _run(model: ModelConfig) -> RunConfig:
     return RunConfig(
         name="small_text",
         data=ShardData(
-            path="data/stdlib_bpe2048",
+            path="data/stdlib_bpe1024",
             length=64,
-            prepare=PrepareConfig(source="stdlib", tokenizer="bpe:2048"),
+            prepare=PrepareConfig(source="stdlib", tokenizer="bpe:1024"),
         ),
         model=model,
         optim=OptimConfig(lr=3e-3, warmup_steps=100, weight_decay=0.05),
-        train=TrainConfig(steps=4000, batch_tokens=4096, precision="bf16", ema_decay=0.995),
+        train=TrainConfig(steps=6000, batch_tokens=4096, precision="bf16", ema_decay=0.99),
         validation=ValidationConfig(every=500, num_sequences=256),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(every=20),

@@ -27,14 +27,14 @@ from .training import Job, Runs
 
 LEVELS = tuple(number / 10 for number in range(1, 11))
 ROWS = 2000
-STEPS = {"quick": ("train.steps=2000", "train.batch_tokens=2048"), "full": ("train.steps=5000",)}
+STEPS = {"quick": ("train.steps=4000", "train.batch_tokens=2048"), "full": ()}
 SYSTEMS = {
     "hint and context: CADD": "cadd",
     "hint alone": "nearest_row",
     "hint alone, unit RMS": "nearest_row_literal",
     "context alone: MDLM": "mdlm",
 }
-SHOWN, CONTEXT = 6, 9
+SHOWN, CONTEXT, BLANK = 6, 9, "\N{OPEN BOX}"
 
 
 def _jobs(budget: Budget) -> dict[str, Job]:
@@ -159,7 +159,8 @@ def _examples(runs: Runs) -> Sequence[str]:
             _plain(run.tokenizer, ids)
             for ids in (row[max(0, place - CONTEXT) : place], row[place : place + 1], row[place + 1 :][:CONTEXT])
         )
-        read_at = "   ".join(f"{t} {_plain(run.tokenizer, [int(tokens_N[n])]).strip()}" for t, tokens_N in read.items())
+        readings = [(t, _plain(run.tokenizer, [int(tokens_N[n])]).strip()) for t, tokens_N in read.items()]
+        read_at = "   ".join(f"{t} {text or BLANK}" for t, text in readings)
         shown += ["", f"    {before}[{token}]{after}", f"    {read_at}"]
     return [*shown, ""]
 
@@ -182,8 +183,8 @@ NOISE_LEVELS = Reproduction(
         f"One random token in each of {ROWS:,} held-out rows is hidden, all others are visible; the hint is its "
         "embedding at noise level t, with the same noise at every level. MDLM has no hint.",
         "nearest_row decodes the hint alone at the scale the model was trained with (half-life 0.4); "
-        "nearest_row_literal at unit RMS, as Algorithm 1 has it at first, at the same width: the hint is then the "
-        "answer far beyond t = 0.5, and further still at the paper's width (docs/errata.md).",
+        "nearest_row_literal at unit RMS, where `scale: literal` begins: the hint is then the answer far beyond "
+        "t = 0.5, and further still at the paper's width (docs/errata.md).",
         'Table 12 shows one sentence, "A [model] sits on the mat": recovered at t = 0.1 and 0.3, lost from 0.5 on.',
         "In training a token whose hint is at level t is one of a share t of hidden tokens; here it is the only one.",
     ),
