@@ -176,7 +176,8 @@ def bars_against_paper(path: Path, bars: Sequence[Bar], *, xlabel: str, title: s
                 _bar(axes, row, bar, start, COLOURS[systems.index(bar.system)])
             row += 1.3
         _beside(axes, 0, 85, "measured", color=GREY)
-        _beside(axes, 0, 135, "\N{WHITE DIAMOND} paper", color=GREY)
+        if any(bar.paper is not None for bar in bars):
+            _beside(axes, 0, 135, "\N{WHITE DIAMOND} paper", color=GREY)
         axes.set_yticks(rows, [bar.system for group in groups.values() for bar in group])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(left=start)

@@ -18,6 +18,7 @@ BATCH = 4000
 
 ARGMAX = Policies(Even(), "top_probability", TokenChoice(0.0))
 CATEGORICAL = Policies(Even(), "top_probability", TokenChoice(1.0))
+RANDOM = Policies(Even(), "random", TokenChoice(1.0))
 
 
 def ancestral(model: MaskedDiffusion) -> Policies:
