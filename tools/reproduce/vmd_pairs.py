@@ -18,8 +18,8 @@ SYSTEMS = ("mdm", "vmd", "mdm_matched")
 INFERENCE = {"one_step": 1, "token_by_token": 2}
 SAMPLES, SET = 40_000, 20_000
 CHOICES = {
-    True: (ARGMAX, ("categorical", CATEGORICAL)),
-    False: (CATEGORICAL, ("argmax", ARGMAX), ("random_order", RANDOM)),
+    True: (ARGMAX, {"categorical": CATEGORICAL}),
+    False: (CATEGORICAL, {"argmax": ARGMAX, "random_order": RANDOM}),
 }
 """Of a system with a latent and one without: its own way to choose tokens, and others by name."""
 STRENGTHS = {"quick": (0.3, 0.8, 1.0), "full": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)}
@@ -60,11 +60,11 @@ def _measure_table(runs: Runs, seed: int) -> Results:
         for inference, steps in INFERENCE.items():
             for system in SYSTEMS:
                 model, key = runs[f"{setting}.{system}"].model, f"{setting}.{inference}.{system}"
-                own, *others = CHOICES[system == "vmd"]
+                own, others = CHOICES[system == "vmd"]
                 samples_NL = draw(model, SAMPLES, 2, own, steps, seed=seed)
                 results[f"{key}.accuracy"] = accuracy(samples_NL, patterns_PL)
                 results[f"{key}.kl"] = mean_kl(patterns_PL, probabilities_P, samples_NL, SET)[0]
-                for suffix, policies in others:
+                for suffix, policies in others.items():
                     samples_NL = draw(model, SET, 2, policies, steps, seed=seed)
                     results[f"{key}_{suffix}.accuracy"] = accuracy(samples_NL, patterns_PL)
                     results[f"{key}_{suffix}.kl"] = kl(patterns_PL, probabilities_P, samples_NL)
