@@ -1,6 +1,5 @@
 """What hints, latents and blocks cost beside plain masked diffusion, in training and in sampling (CADD Table 4)."""
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 
 from .memory import peak_extra_bytes
-from .timing import alternate
+from .timing import in_turn
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Shape:
     backbone: TransformerConfig = TransformerConfig(dim=256, num_layers=12, num_heads=4)
     vocab_size: int = 50_258
     num_sequences: int = 16
+    num_samples: int = 4
     length: int = 256
     block_size: int = 16
 
@@ -49,6 +49,7 @@ SETTINGS = {
     "backbone": f"DiT, {SHAPE.backbone.num_layers} layers x {SHAPE.backbone.dim}",
     "vocabulary": SHAPE.vocab_size,
     "sequences": SHAPE.num_sequences,
+    "samples": SHAPE.num_samples,
     "length": SHAPE.length,
     "block_size": SHAPE.block_size,
     "precision": "fp32",
@@ -171,26 +172,21 @@ def _sampling(repeats: int, shape: Shape) -> dict[str, float]:
         "latent": _sampler(configs["vadd"], shape, Policies(latent="redrawn")),
         **{f"k{k}": _sampler(configs["cadd"], shape, Policies(hints=HintPolicy(num_hints=k))) for k in range(1, 5)},
     }
-    results = _against_the_first(samplers, shape.num_sequences * shape.length * SAMPLING_STEPS, repeats)
+    results = _against_the_first(samplers, shape.num_samples * shape.length * SAMPLING_STEPS, repeats)
     speed = {k: results[f"k{k}.tokens_per_second_ratio"] for k in range(1, 5)}
     return results | {f"k{k}.of_k1_ratio": k * speed[k] / speed[1] for k in range(2, 5)}
 
 
 def _sampler(config: ModelConfig, shape: Shape, policies: Policies) -> Callable[[], SamplerState]:
     """The sampling loop on rows of which half is hidden."""
-    tokens_BL = shape.tokens_BL
+    tokens_BL = shape.tokens_BL[: shape.num_samples]
     state = SamplerState.start(tokens_BL, tokens_BL % 2 == 0, mask_id=config.mask_id, seed=0)
     return partial(sample, MaskedDiffusion(config).eval(), state, policies, SAMPLING_STEPS)
 
 
 def _against_the_first(sides: Mapping[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
-    """Tokens per second of each side, alternated with the first, and its ratio to the first's."""
-    first, *others = sides
-    seconds_of_first, results = [], {f"{first}.tokens_per_second": 0.0}
-    for name in others:
-        seconds, beside = alternate(sides[name], sides[first], repeats)
-        seconds_of_first.append(beside)
-        results[f"{name}.tokens_per_second"] = tokens / seconds
-        results[f"{name}.tokens_per_second_ratio"] = beside / seconds
-    results[f"{first}.tokens_per_second"] = tokens / statistics.median(seconds_of_first)
-    return results
+    """Tokens per second of each side, all of them run in turn, and its ratio to the first's."""
+    seconds = in_turn(sides, repeats)
+    first = next(iter(sides))
+    ratios = {f"{name}.tokens_per_second_ratio": seconds[first] / seconds[name] for name in sides if name != first}
+    return {f"{name}.tokens_per_second": tokens / seconds[name] for name in sides} | ratios
