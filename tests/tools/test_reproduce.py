@@ -138,8 +138,12 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
         patch.setattr(training, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
         with pytest.MonkeyPatch.context() as hand:
             hand.setattr(training, "time", SimpleNamespace(sleep=press_ctrl_c))
-            with pytest.raises(KeyboardInterrupt):
-                reproduce_small(patch)
+            inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    reproduce_small(patch)
+            finally:
+                signal.signal(signal.SIGINT, inherited)
         cut_off, left_behind = [*children], [path.name for path in place.iterdir()]
         children.clear()
         record, started = reproduce_small(patch), recipes_started()
