@@ -14,6 +14,7 @@ from eval.sampling.loop import Policies, sample
 from eval.sampling.state import SamplerState
 from model.diffusion import MaskedDiffusion
 from model.initialisation import initialise
+from model.size import num_parameters
 from pretrain.checkpoint.load import Loaded
 from pretrain.config import RunConfig, dump_config, load_config
 from pretrain.recipes import build
@@ -302,3 +303,18 @@ def test_latents_of_the_ablations_come_from_where_they_say(monkeypatch: pytest.M
         "earlier_blocks": {"kept"},
         "x_t": {"redrawn"},
     }
+
+
+@pytest.mark.parametrize("budget", ["quick", "full"])
+def test_a_matched_control_is_at_least_as_large_as_the_model_with_its_latent(budget: Budget) -> None:
+    found = 0
+    for table in framework.reproductions().values():
+        jobs = table.jobs(budget)
+        for name, job in jobs.items():
+            setting, _, system = name.rpartition(".")
+            if system.endswith("_matched"):
+                latent = jobs[f"{setting}.{'vadd' if system.startswith('mdlm') else 'vmd'}"]
+                control, model = (build(each.recipe, each.overrides).model for each in (job, latent))
+                assert 1.0 <= num_parameters(control) / num_parameters(model) < 1.3, name
+                found += 1
+    assert found > 15

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from model.size import matched_control
 from pretrain.checkpoint.load import CHECKPOINTS, Loaded, load_for_evaluation, newest_good, read_state
 from pretrain.config import RunConfig, dump_config, load_config
 from pretrain.hooks.metrics import read_metrics
@@ -32,6 +33,11 @@ class Job:
     recipe: str
     overrides: tuple[str, ...] = ()
     after: str | None = None
+
+
+def matched_to(job: Job) -> str:
+    """The override that gives a control as many layers as it needs to be as large as a job's model with its latent."""
+    return f"model.backbone.num_layers={matched_control(build(job.recipe, job.overrides).model).backbone.num_layers}"
 
 
 @dataclass

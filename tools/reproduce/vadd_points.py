@@ -14,7 +14,7 @@ from model.diffusion import MaskedDiffusion
 from .figures import correlation, histograms_2d, latent_maps
 from .samples import ancestral, draw
 from .table import Budget, Reproduction, Results
-from .training import Job, Runs
+from .training import Job, Runs, matched_to
 
 TOYS = ("checkerboard", "swissroll", "circles")
 SYSTEMS = ("mdlm", "vadd", "mdlm_matched")
@@ -38,15 +38,15 @@ def _jobs(budget: Budget) -> dict[str, Job]:
         "validation.every=1000",
         "checkpoint.every=500",
     )
-    steps = {"mdlm": base, "vadd": latent, "mdlm_matched": base}
-    return {
-        f"{toy}.{system}": Job(
-            f"toy2d_{toy}_{system}",
-            (*shared, f"train.steps={steps[system]}", f"train.kl_anneal_steps={latent * 2 // 10}"),
-        )
-        for toy in TOYS
-        for system in SYSTEMS
-    }
+    jobs = {}
+    for toy in TOYS:
+        anneal = f"train.kl_anneal_steps={latent * 2 // 10}"
+        vadd = Job(f"toy2d_{toy}_vadd", (*shared, f"train.steps={latent}", anneal))
+        control = (*shared, f"train.steps={base}")
+        jobs[f"{toy}.mdlm"] = Job(f"toy2d_{toy}_mdlm", control)
+        jobs[f"{toy}.vadd"] = vadd
+        jobs[f"{toy}.mdlm_matched"] = Job(f"toy2d_{toy}_mdlm_matched", (*control, matched_to(vadd)))
+    return jobs
 
 
 def fresh(toy: str) -> PointSource:

@@ -10,7 +10,7 @@ from eval.synthetic import accuracy, mean_kl, needle_ends
 from .figures import Bar, bars_against_paper
 from .samples import ARGMAX, CATEGORICAL, complete, draw
 from .table import Budget, Reproduction, Results
-from .training import Job, Runs
+from .training import Job, Runs, matched_to
 from .vmd_pairs import SMALL
 
 LENGTHS = (20, 30, 40)
@@ -30,12 +30,11 @@ def _jobs_of(length: int, budget: Budget) -> dict[str, Job]:
     shared = (*SMALL, f"train.batch_tokens={ROWS * length}")
     of_latent = (f"train.steps={latent}", f"train.kl_anneal_steps={latent * 3 // 10}")
     recipe, setting = f"needle_{length}", f"needle_{length}"
+    vmd = Job(f"{recipe}_vmd", (*shared, "model.latent.recognition.num_layers=1", *of_latent))
     return {
         f"{setting}.mdm": Job(f"{recipe}_mdm", (*shared, f"train.steps={base}")),
-        f"{setting}.vmd": Job(f"{recipe}_vmd", (*shared, "model.latent.recognition.num_layers=1", *of_latent)),
-        f"{setting}.mdm_matched": Job(
-            f"{recipe}_mdm_matched", (*shared, "model.backbone.num_layers=4", f"train.steps={base}")
-        ),
+        f"{setting}.vmd": vmd,
+        f"{setting}.mdm_matched": Job(f"{recipe}_mdm_matched", (*shared, matched_to(vmd), f"train.steps={base}")),
     }
 
 

@@ -11,7 +11,7 @@ from eval.synthetic import accuracy, kl, mean_kl
 from .figures import heatmaps, lines
 from .samples import ARGMAX, CATEGORICAL, RANDOM, draw
 from .table import Budget, Reproduction, Results
-from .training import Job, Runs
+from .training import Job, Runs, matched_to
 
 SETTINGS = ("deterministic", "non_uniform")
 SYSTEMS = ("mdm", "vmd", "mdm_matched")
@@ -41,11 +41,11 @@ def jobs_of(recipe: str, prefix: str, budget: Budget, *extra: str) -> dict[str, 
     shared = (*SMALL, *BATCH[budget], *extra)
     base, steps = BASELINE_STEPS[budget], LATENT_STEPS[budget]
     latent = ("model.latent.recognition.num_layers=1", f"train.kl_anneal_steps={steps * 3 // 10}")
-    matched = ("model.backbone.num_layers=4",)
+    vmd = Job(f"{recipe}_vmd", (*shared, *latent, f"train.steps={steps}"))
     return {
         f"{prefix}.mdm": Job(f"{recipe}_mdm", (*shared, f"train.steps={base}")),
-        f"{prefix}.vmd": Job(f"{recipe}_vmd", (*shared, *latent, f"train.steps={steps}")),
-        f"{prefix}.mdm_matched": Job(f"{recipe}_mdm_matched", (*shared, *matched, f"train.steps={base}")),
+        f"{prefix}.vmd": vmd,
+        f"{prefix}.mdm_matched": Job(f"{recipe}_mdm_matched", (*shared, matched_to(vmd), f"train.steps={base}")),
     }
 
 

@@ -85,6 +85,7 @@ TABLE_2 = Reproduction(
     draw=_draw,
     paper=PAPER,
     notes=(
+        "Networks and schedules are those of vmd-table-1 here, with batches of 500 (quick) or 1,000 (full) rows.",
         "NFE counts network calls of all blocks; the calls that write a finished block into the cache are not counted, "
         "as in the paper.",
         "The paper's KL of one-step MDM on D2 (7.49 and 7.66) lies above the 7.10 that independent tokens give with "
