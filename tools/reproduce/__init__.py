@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -71,17 +72,17 @@ def reproduce(name: str, budget: Budget, *, seeds: int, out: Path | None, json_f
     )
     results = over_seeds([table.measure(runs, seed) for seed, runs in enumerate(all_runs)], table.compare)
     Console(width=200).print(as_rich(f"{name}: {table.summary} ({budget})", results, table.paper))
+    about = record.as_dict(results)  # before a committed record is replaced, which makes the checkout dirty
     record.write(results, out / f"{name}.json", json_file)
     table.draw(all_runs[0], results, out)
     figures = sorted(path.name for path in out.glob(f"{name}*.png"))
-    write_whole(out / f"{name}.md", _page(table, record, results, figures, table.examples(all_runs[0])))
+    write_whole(out / f"{name}.md", _page(table, about, results, figures, table.examples(all_runs[0])))
     print(f"written to {out / name}.json, .md and {', '.join(figures)}")
 
 
 def _page(
-    table: Reproduction, record: Record, results: dict[str, float], figures: list[str], examples: Sequence[str]
+    table: Reproduction, about: dict[str, Any], results: dict[str, float], figures: list[str], examples: Sequence[str]
 ) -> str:
-    about = record.as_dict(results)
     slowest = max(about["settings"]["training_seconds"].values(), default=0)
     lines = [
         f"# {table.name}: {table.summary}",
