@@ -87,7 +87,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.dropout = config.dropout
         self.gates, self.num_modulated = config.gates, config.num_modulated
         self.attention_norm = make_norm(config, config.dim, affine=config.affine)
         self.attention = Attention(config, layer)
@@ -104,10 +104,13 @@ class Block(nn.Module):
         modulation_BSC: Tensor | None = None,
         applies_BL: Tensor | None = None,
         cache: KVCache | None = None,
-        stream: Stream | None = None,
+        streams: tuple[Stream | None, Stream | None] = (None, None),
     ) -> Tensor:
-        """`modulation_BSC` is the condition, or (shared modulation) the vectors themselves."""
-        streams = (None, None) if stream is None else (stream.fold(2 * self.layer), stream.fold(2 * self.layer + 1))
+        """`modulation_BSC` is the condition, or (shared modulation) the vectors themselves.
+
+        `streams` are those of the two sublayers' dropout. Nothing here depends on the layer's number, so that a
+        compiled block serves all layers.
+        """
         if modulation_BSC is None:
             attended = self.attention(self.attention_norm(x_BLD), rotary, plan, cache)
             x_BLD = x_BLD + dropout(attended, self.dropout, streams[0])

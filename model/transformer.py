@@ -78,8 +78,8 @@ class Transformer(nn.Module):
         modulation = condition_BSC
         if self.modulation is not None and condition_BSC is not None:
             modulation = self.modulation(F.silu(condition_BSC))
-        for block in self.blocks:
-            run = partial(block, cache=cache, stream=dropout)
+        for layer, block in enumerate(self.blocks):
+            run = partial(block, cache=cache, streams=self._dropout_streams(dropout, layer))
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_BLD = checkpoint(
                     run, x_BLD, rotary, plan, modulation, applies, use_reentrant=False, preserve_rng_state=False
@@ -87,6 +87,12 @@ class Transformer(nn.Module):
             else:
                 x_BLD = run(x_BLD, rotary, plan, modulation, applies)
         return self._final_norm(x_BLD, condition_BSC, applies)
+
+    def _dropout_streams(self, dropout: Stream | None, layer: int) -> tuple[Stream | None, Stream | None]:
+        """Of the two sublayers of a block."""
+        if dropout is None or self.config.dropout == 0.0:
+            return None, None
+        return dropout.fold(2 * layer), dropout.fold(2 * layer + 1)
 
     def head_weight(self) -> Tensor:
         """The head's matrix [V, D]."""

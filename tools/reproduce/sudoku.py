@@ -10,7 +10,7 @@ from eval.sudoku import validity
 from .figures import lines
 from .samples import ARGMAX, CATEGORICAL, complete
 from .table import Budget, Reproduction, Results
-from .training import Job, Runs
+from .training import Job, Runs, matched_to
 
 SETTINGS = {
     "sudoku4": (4, "few_clues", "sudoku4_few"),
@@ -21,20 +21,36 @@ SETTINGS = {
 SYSTEMS = ("mdm", "vmd", "mdm_matched")
 CALLS = (1, 2, 3, 4, 5, 10)
 PUZZLES = 2000
-STEPS = {"quick": {4: 1500, 6: 600}, "full": {4: 6000, 6: 4000}}
+STEPS = {"quick": {4: 1000, 6: 400}, "full": {4: 4000, 6: 2500}}
 ROWS = {4: 256, 6: 128}
+DEPTH = {4: (4, 2), 6: (4, 3)}
+"""Blocks of the denoiser and of the recognition network."""
 
 
 def _jobs(budget: Budget) -> dict[str, Job]:
-    jobs = {}
-    for setting, (size, _, recipe) in SETTINGS.items():
-        steps = STEPS[budget][size]
-        shared = (f"train.steps={steps}", f"train.batch_tokens={ROWS[size] * size**2}", "train.ema_decay=0.995")
-        latent = (f"train.kl_anneal_steps={steps * 3 // 10}",)
-        for system in SYSTEMS:
-            overrides = (*shared, *(latent if system == "vmd" else ()))
-            jobs[f"{setting}.{system}"] = Job(f"{recipe}_{system}", overrides)
-    return jobs
+    return {
+        f"{setting}.{system}": job
+        for setting, (size, _, recipe) in SETTINGS.items()
+        for system, job in _jobs_of(recipe, size, STEPS[budget][size]).items()
+    }
+
+
+def _jobs_of(recipe: str, size: int, steps: int) -> dict[str, Job]:
+    shared = (
+        f"train.steps={steps}",
+        f"train.batch_tokens={ROWS[size] * size**2}",
+        "train.ema_decay=0.995",
+        "train.precision=bf16",
+    )
+    decoder, encoder = DEPTH[size]
+    deep = f"model.backbone.num_layers={decoder}"
+    latent = (f"model.latent.recognition.num_layers={encoder}", f"train.kl_anneal_steps={steps * 3 // 10}")
+    vmd = Job(f"{recipe}_vmd", (*shared, deep, *latent))
+    return {
+        "mdm": Job(f"{recipe}_mdm", (*shared, deep)),
+        "vmd": vmd,
+        "mdm_matched": Job(f"{recipe}_mdm_matched", (*shared, matched_to(vmd))),
+    }
 
 
 def _measure(runs: Runs, seed: int) -> Results:

@@ -18,7 +18,7 @@ SYSTEMS = ("mdm", "vmd", "mdm_matched")
 SAMPLES, SET = 40_000, 20_000
 ROWS = 256
 BASELINE_STEPS = 400
-LATENT_STEPS = {"quick": {20: 4000}, "full": {20: 7000, 30: 5000, 40: 4000}}
+LATENT_STEPS = {"quick": {20: 2500}, "full": {20: 4000, 30: 4000, 40: 3500}}
 
 
 def _jobs(budget: Budget) -> dict[str, Job]:
