@@ -80,7 +80,7 @@ def trace() -> Callable[[Path], Trace]:
     """What a run logged, by step: the later line wins, and how long it took is left out."""
 
     def read(folder: Path) -> Trace:
-        timing = {"kind", "seconds", "tokens_per_second", "mfu"}
+        timing = {"kind", "seconds", "processor_seconds", "tokens_per_second", "mfu"}
         lines = [r for r in read_metrics(folder / "metrics.jsonl") if r.get("kind") in ("train", "validation")]
         steps: Trace = {}
         for line in lines:

@@ -27,7 +27,7 @@ class MetricsFile(Hook):
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         check_writable(path)
         self.path, self.about = path, about
-        self.started = time.monotonic()
+        self.started, self.worked = time.monotonic(), time.process_time()
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """The start or resume event."""
@@ -54,7 +54,8 @@ class MetricsFile(Hook):
         self._write("event", step=state.step, event="finish", time=_now())
 
     def _write(self, kind: str, **values: Any) -> None:
-        line = json.dumps({"kind": kind, **values, "seconds": round(time.monotonic() - self.started, 3)})
+        clocks = {"seconds": time.monotonic() - self.started, "processor_seconds": time.process_time() - self.worked}
+        line = json.dumps({"kind": kind, **values, **{name: round(value, 3) for name, value in clocks.items()}})
         with self.path.open("a") as file:
             file.write(line + "\n")
 

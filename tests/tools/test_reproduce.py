@@ -394,9 +394,11 @@ def test_keys_are_setting_system_metric() -> None:
 
 def test_training_time_is_that_of_all_processes() -> None:
     Path("runs/mdm").mkdir(parents=True)
-    lines = [{"kind": "train", "seconds": seconds} for seconds in (0.5, 2.0, 5.0, 0.1, 3.0, 0.2, 0.2)]
+    clock = (0.5, 2.0, 5.0, 0.1, 3.0, 0.2, 0.2)
+    lines = [{"kind": "train", "seconds": seconds, "processor_seconds": seconds / 4} for seconds in clock]
     Path("runs/mdm/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert Runs(Path("runs")).seconds("mdm") == pytest.approx(5.0 + 3.0 + 0.2)
+    assert Runs(Path("runs")).seconds("mdm", "processor_seconds") == pytest.approx((5.0 + 3.0 + 0.2) / 4)
 
 
 def test_samples_do_not_depend_on_their_batches_and_keep_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

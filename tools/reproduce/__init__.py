@@ -64,6 +64,7 @@ def reproduce(name: str, budget: Budget, *, seeds: int, out: Path | None, json_f
             "budget": budget,
             "seeds": seeds,
             "training_seconds": {job: round(all_runs[0].seconds(job)) for job in jobs},
+            "training_processor_seconds": {job: round(all_runs[0].seconds(job, "processor_seconds")) for job in jobs},
             "runs": {job: asdict(spec) for job, spec in jobs.items()},
             "paper": dict(table.paper),
             "notes": list(table.notes),
@@ -83,13 +84,16 @@ def reproduce(name: str, budget: Budget, *, seeds: int, out: Path | None, json_f
 def _page(
     table: Reproduction, about: dict[str, Any], results: dict[str, float], figures: list[str], examples: Sequence[str]
 ) -> str:
-    slowest = max(about["settings"]["training_seconds"].values(), default=0)
+    wall, busy = (
+        max(about["settings"][key].values(), default=0) for key in ("training_seconds", "training_processor_seconds")
+    )
     lines = [
         f"# {table.name}: {table.summary}",
         "",
         f"`{about['command']}`, commit {about['commit']}, {about['machine']['processor']}, "
         f"{about['machine']['cores']} cores, torch {about['versions']['torch']}; the longest run trained "
-        f"{slowest // 60} min {slowest % 60} s. In brackets: the paper's number.",
+        f"{wall // 60} min {wall % 60} s, of which its core worked {busy // 60} min {busy % 60} s. "
+        "In brackets: the paper's number.",
         "",
         as_markdown(results, table.paper),
         "",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -55,11 +56,14 @@ class Runs:
             self.loaded[name] = load_for_evaluation(self.folder / name, device=torch.device("cpu"))
         return self.loaded[name]
 
-    def seconds(self, name: str) -> float:
-        """Training time of a run over all of its processes."""
+    def seconds(self, name: str, clock: Literal["seconds", "processor_seconds"] = "seconds") -> float:
+        """Training time of a run over all of its processes, by the clock on the wall or the processor's own.
+
+        The second is what a run alone on its core would take: the first counts what else the machine was doing.
+        """
         total, before = 0.0, 0.0
         for record in read_metrics(self.folder / name / "metrics.jsonl"):
-            now = float(record.get("seconds", before))
+            now = float(record.get(clock, before))
             total, before = total + max(0.0, now - before if now >= before else now), now
         return total
 
