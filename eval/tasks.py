@@ -100,7 +100,7 @@ def _trained_data(run: EvaluatedRun) -> Data:
     config = run.config.data
     if isinstance(config, ShardData):
         config = replace(config, prepare=None)
-    data = open_data(config, single_process())
+    data = open_data(config, single_process().world)
     identity = run.loaded.state.identity
     if data.tokenizer.sha256() != identity["data.tokenizer"] or len(data.train) != identity["data.rows"]:
         raise ValueError(

@@ -174,8 +174,10 @@ class TrainConfig(Settings):
     """bf16 computes in bfloat16 and keeps weights, moments and reductions in float32."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
-    recompute: Literal["none", "full"] = "none"
-    """full: activation checkpointing of every block."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing of every block; selective: of what is cheap to compute again, not of products."""
+    compile: bool = False
+    """torch.compile of every block."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0: none."""
     freeze: tuple[str, ...] = ()
@@ -184,6 +186,30 @@ class TrainConfig(Settings):
     """Weight of a latent's KL at the end of its annealing (1 is VADD's DELBO)."""
     kl_anneal_steps: int = 0
     """Steps over which that weight grows linearly from 0; without annealing a latent tends to collapse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Settings):
+    """How replicate x shard x context x tensor processes divide the work; the shard axis takes what is left."""
+
+    replicate: int = 1
+    """Groups of processes that hold a whole model each (HSDP); within a group it is sharded."""
+    tensor: int = 1
+    """Processes that divide every matrix among them (tensor parallel)."""
+    sequence: bool = False
+    """With tensor > 1: these processes also divide the positions between their products (sequence parallel)."""
+    context: int = 1
+    """Processes that divide the positions of a row among them (context parallel)."""
+    offload: bool = False
+    """Keep weights and optimizer state in host memory."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, one sentence each."""
+        for name in ("replicate", "tensor", "context"):
+            if getattr(self, name) < 1:
+                yield f"parallel.{name}={getattr(self, name)} must be at least 1"
+        if self.sequence and self.tensor == 1:
+            yield "parallel.sequence=true divides positions among tensor-parallel processes: set parallel.tensor too"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +262,10 @@ class RunConfig(Settings):
     """How it is optimised."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    engine: Literal["fsdp"] = "fsdp"
+    """What shards, reduces and steps: FSDP2."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several processes divide the work."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The bound on held-out rows during training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -261,6 +291,7 @@ class RunConfig(Settings):
         yield from (f"model.{problem}" for problem in self.model.length_problems(self.data.length))
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
+        yield from self.parallel.problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)

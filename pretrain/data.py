@@ -8,7 +8,7 @@ from data_pipeline.packing import ShardSource, Source
 from data_pipeline.tokenizers import Tokenizer
 
 from .config import DataConfig, PatternData, PointData, PrepareConfig, ShardData, SudokuData, ToyFunctionsData
-from .parallel.mesh import DataAxis
+from .parallel.mesh import Axis
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
@@ -28,23 +28,23 @@ class Data:
     tokenizer: Tokenizer
 
 
-def open_data(config: DataConfig, axis: DataAxis) -> Data:
+def open_data(config: DataConfig, world: Axis) -> Data:
     """The data of a configuration; shards that can be prepared are made first, by rank 0."""
     if isinstance(config, ToyFunctionsData):
         return _open_toy_functions(config)
     if isinstance(config, PatternData | PointData | SudokuData):
         return _open_values(config)
-    return _open_shards(config, axis)
+    return _open_shards(config, world)
 
 
-def _open_shards(config: ShardData, axis: DataAxis) -> Data:
+def _open_shards(config: ShardData, world: Axis) -> Data:
     from data_pipeline.manifest import Manifest, open_tokenizer
 
     folder = Path(config.path)
     if config.prepare is not None:
-        if axis.rank == 0 and not folder.exists():
+        if world.rank == 0 and not folder.exists():
             _prepare(config.prepare, folder)
-        axis.barrier()
+        world.barrier()
     manifest = Manifest.load(folder)
     if config.prepare is not None:
         _refuse_other_data(config.prepare, manifest, folder)

@@ -25,21 +25,20 @@ def resolve(recipe: str, overrides: Sequence[str]) -> RunConfig:
 def train(config: RunConfig) -> None:
     """Runs or resumes a training run on the processes there are."""
     from .data import open_data
-    from .engines.fsdp import FsdpEngine
+    from .engines import make_engine
     from .parallel.mesh import process_mesh
     from .throughput import peak_flops
     from .trainer import Trainer
 
-    with process_mesh() as axis:
-        data = open_data(config.data, axis)
+    with process_mesh(config.parallel) as mesh:
+        data = open_data(config.data, mesh.world)
         model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
-        peak = peak_flops(axis.device, config.train.precision)
-        engine = FsdpEngine(model, config.optim, config.train, axis, seed=config.seed)
+        peak = peak_flops(mesh.device, config.train.precision)
+        engine = make_engine(config, model, mesh)
         trainer = Trainer(config, model, engine, data, hooks=[], peak_flops=peak)
-        if axis.rank == 0:
+        if mesh.world.rank == 0:
             _open_folder(config.path)
-            num_parameters = sum(p.numel() for p in engine.model.parameters())
-            trainer.hooks = make_hooks(config, num_parameters, axis.size)
+            trainer.hooks = make_hooks(config, engine.num_parameters, mesh.world.size)
         trainer.run()
 
 

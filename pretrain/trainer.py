@@ -92,10 +92,10 @@ class Trainer:
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
-        self.axis = self.engine.data_axis
+        self.mesh = self.engine.mesh
         self.state = TrainState(identity=run_identity(self.config, self.data))
         self.window = Window()
-        self.rows_per_rank = _divide(self.config, self.axis.size)
+        self.rows_per_rank = _divide(self.config, self.mesh.data.size)
         micro_tokens = self.config.train.micro_batch_tokens
         micro_rows = self.rows_per_rank if micro_tokens is None else micro_tokens // self.config.data.length
         self.micro_rows = min(micro_rows, self.rows_per_rank)
@@ -103,13 +103,13 @@ class Trainer:
     def run(self) -> TrainState:
         """Trains from the newest good checkpoint (or from nothing) to the last step."""
         folder = self.config.path / CHECKPOINTS
-        checkpoint = self.axis.from_first(lambda: newest_good(folder))
+        checkpoint = self.mesh.world.from_first(lambda: newest_good(folder))
         if checkpoint is not None:
             self.state = resume(checkpoint, self.engine, self.model, self.state.identity)
             self.state.resumes += self.state.step < self.config.train.steps
         elif self.config.init_from:
             taken = initialise_from(Path(self.config.init_from), self.engine, self.data.tokenizer)
-            if self.axis.rank == 0:
+            if self.mesh.world.rank == 0:
                 print(taken, flush=True)
         for hook in self.hooks:
             hook.on_start(self.state, resumed=checkpoint is not None)
@@ -133,8 +133,8 @@ class Trainer:
                 self.data.train,
                 Order(len(self.data.train), self.config.seed),
                 global_batch=self.config.batch_rows,
-                rank=self.axis.rank,
-                size=self.axis.size,
+                rank=self.mesh.data.rank,
+                size=self.mesh.data.size,
                 first_step=self.state.step,
                 num_steps=self.config.train.steps,
                 num_workers=self.config.data.num_workers,
@@ -144,7 +144,7 @@ class Trainer:
                     seed=self.config.seed,
                     schedule=partial(step_schedule, config=self.config),
                 ),
-                pin_memory=self.axis.device.type == "cuda",
+                pin_memory=self.mesh.device.type == "cuda",
             )
         )
 
@@ -152,7 +152,7 @@ class Trainer:
         """One optimizer step; nothing here waits for the device."""
         config, step = self.config, self.state.step
         masked = share.corruption.num_masked
-        divisor, all_masked = self.axis.all_reduce([share.corruption.divisor, masked])
+        divisor, all_masked = self.mesh.data.all_reduce([share.corruption.divisor, masked])
         scale = 1.0 / max(1.0, divisor)
         micros = share.split(self.micro_rows)
         terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
@@ -177,7 +177,7 @@ class Trainer:
         self._count_skipped()
         window, latest = self.window, self.window.latest
         assert latest is not None
-        loss, ce = self.axis.all_reduce(
+        loss, ce = self.mesh.sums.all_reduce(
             [sum(float(t.loss) for t in latest.terms), sum(float(t.cross_entropy) for t in latest.terms)]
         )
         latent = self._latent_report(latest.terms)
@@ -202,7 +202,7 @@ class Trainer:
         sums = [t.latent_sums for t in terms if t.latent_sums is not None]
         if not sums:
             return None
-        return latent_report(torch.tensor(self.axis.all_reduce(torch.stack(sums).sum(0).tolist())))
+        return latent_report(torch.tensor(self.mesh.sums.all_reduce(torch.stack(sums).sum(0).tolist())))
 
     def _count_skipped(self) -> None:
         self.state.skipped += int(self.window.skipped)
@@ -222,7 +222,7 @@ class Trainer:
             self.engine.state_dict(),
             self.state,
             self.model,
-            self.axis,
+            self.mesh.world,
             save_tokenizer=self.data.tokenizer.save,
             keep=self.config.checkpoint.keep,
         )
@@ -237,7 +237,7 @@ class Trainer:
 def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: RunConfig) -> Bound:
     """The bound on the first held-out rows, with the same noise every time, divided among the ranks."""
     sums = BoundSums()
-    axis, length = engine.data_axis, config.data.length
+    axis, length = engine.mesh.data, config.data.length
     source = data.validation
     wanted = min(config.validation.num_sequences, len(source)) if source is not None and config.validation.every else 0
     indices = torch.arange(axis.rank, wanted, axis.size)
@@ -252,7 +252,7 @@ def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: Run
             terms = engine.evaluate(Micro(batch, corruption, StepSchedule()))
             if index_B.numel():
                 sums.add(terms.loss_B, batch.maskable_BL.sum(1))
-    return BoundSums(*axis.all_reduce(sums.as_list())).estimate(model.objective)
+    return BoundSums(*engine.mesh.sums.all_reduce(sums.as_list())).estimate(model.objective)
 
 
 def run_identity(config: RunConfig, data: Data) -> dict[str, object]:

@@ -52,7 +52,7 @@ def resume(checkpoint: Path, engine: Engine, model: ModelConfig, identity: Mappi
         raise ValueError(f"{checkpoint} has no averaged weights: set train.ema_decay=0 or start in another folder")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=checkpoint / "tensors", no_dist=engine.data_axis.size == 1)
+        dcp.load(tensors, checkpoint_id=checkpoint / "tensors", no_dist=engine.mesh.world.size == 1)
     engine.load_state_dict(tensors, num_updates=state.step - state.skipped)
     return state
 
@@ -83,7 +83,7 @@ def initialise_from(run: Path, engine: Engine, tokenizer: Tokenizer) -> str:
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load({group: common}, checkpoint_id=checkpoint / "tensors", no_dist=engine.data_axis.size == 1)
+        dcp.load({group: common}, checkpoint_id=checkpoint / "tensors", no_dist=engine.mesh.world.size == 1)
     for name, average in tensors.get("ema", {}).items():
         average.copy_(tensors["model"][name])
     new, unused = len(tensors["model"]) - len(common), len(there) - len(common)

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from model.config import ModelConfig
 
 from ..engines.base import Tensors
-from ..parallel.mesh import DataAxis
+from ..parallel.mesh import Axis
 from ..state import TrainState
 from .manifest import FORMAT, FileSeal, Manifest, sha256_of, sync_folder, write_synced
 
@@ -29,7 +29,7 @@ def save_checkpoint(
     tensors: Tensors,
     state: TrainState,
     model: ModelConfig,
-    axis: DataAxis,
+    world: Axis,
     *,
     save_tokenizer: Callable[[Path], None] | None,
     keep: int,
@@ -45,20 +45,20 @@ def save_checkpoint(
     """
     final = folder / checkpoint_name(state.step)
     partial = final.with_suffix(".tmp")
-    if axis.rank == 0:
+    if world.rank == 0:
         _start(partial)
-    axis.barrier()
+    world.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(tensors, checkpoint_id=partial / "tensors", no_dist=axis.size == 1)
-    if axis.rank == 0:
+        dcp.save(tensors, checkpoint_id=partial / "tensors", no_dist=world.size == 1)
+    if world.rank == 0:
         write_synced(partial / "model.json", json.dumps(asdict(model), indent=1))
         write_synced(partial / "state.json", json.dumps(state.as_dict(), indent=1))
         if save_tokenizer is not None:
             save_tokenizer(partial / "tokenizer")
-        _seal(partial, final, state.step, axis.size)
+        _seal(partial, final, state.step, world.size)
         _retain(final, keep)
-    axis.barrier()
+    world.barrier()
     return final
 
 

@@ -12,7 +12,7 @@ from model.batch import Batch
 from model.corruption import Corruption
 from model.diffusion import LossTerms, StepSchedule
 
-from ..parallel.mesh import DataAxis
+from ..parallel.mesh import Mesh
 
 Tensors = dict[str, dict[str, Tensor]]
 """Canonical state: group (model, exp_avg, exp_avg_sq, ema) -> parameter name -> (sharded) tensor."""
@@ -43,9 +43,10 @@ class Micro:
 
 
 class Engine(Protocol):
-    """An engine trains one model on one mesh."""
+    """An engine trains one model on one mesh. The loop knows its axes, never its name."""
 
-    data_axis: DataAxis
+    mesh: Mesh
+    num_parameters: int
 
     def forward_backward(self, micro: Micro, *, scale: float, last: bool) -> LossTerms:
         """Adds scale x gradient of the summed loss; `last` closes the accumulation. Terms come back detached."""

@@ -1,13 +1,14 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the data axis; alone, a plain module."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -20,11 +21,12 @@ from model.config import ModelConfig
 from model.diffusion import LossTerms, MaskedDiffusion
 from model.initialisation import initialise
 
-from ..config import OptimConfig, TrainConfig
+from ..config import OptimConfig, ParallelConfig, TrainConfig
 from ..ema import Ema
+from ..freeze import freeze
 from ..optim import MOMENTS, make_optimizer, optimizer_step
 from ..parallel.layout import SHARDING_UNITS
-from ..parallel.mesh import DataAxis
+from ..parallel.mesh import Mesh
 from .base import Micro, Tensors
 
 
@@ -32,19 +34,27 @@ class FsdpEngine:
     """Builds the model on the meta device, shards it, and fills it by name, so no rank ever holds all of it."""
 
     def __init__(
-        self, model: ModelConfig, optim: OptimConfig, train: TrainConfig, axis: DataAxis, *, seed: int
+        self,
+        model: ModelConfig,
+        optim: OptimConfig,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        mesh: Mesh,
+        *,
+        seed: int,
     ) -> None:
-        self.data_axis = axis
+        self.mesh = mesh
         with torch.device("meta"):
             self.model = MaskedDiffusion(model)
         self.model.denoiser.recompute_blocks = train.recompute == "full"
-        _freeze(self.model, train.freeze)
-        self.autocast = train.precision == "bf16" and axis.size == 1
-        if axis.size > 1:
-            _shard(self.model, axis, train.precision)
-        self.model.to_empty(device=axis.device)
+        freeze(self.model, train.freeze)
+        self.autocast = train.precision == "bf16" and mesh.devices is None
+        if mesh.devices is not None:
+            _shard(self.model, mesh.devices, train.precision)
+        self.model.to_empty(device=mesh.device)
         initialise(self.model, seed, num_layers=model.backbone.num_layers)
         self.parameters = dict(self.model.named_parameters())
+        self.num_parameters = sum(p.numel() for p in self.parameters.values())
         self.optimizer = make_optimizer(self.parameters.values(), optim)
         self.average = Ema(self.parameters) if train.ema_decay else None
 
@@ -72,11 +82,11 @@ class FsdpEngine:
     def reduce_and_clip(self, max_norm: float) -> Tensor:
         """See Engine."""
         gradients = [_local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        square = torch.zeros((), device=self.data_axis.device)
+        square = torch.zeros((), device=self.mesh.device)
         if held := [g for g in gradients if g.numel()]:
             square = torch.stack(torch._foreach_norm(held)).square().sum()
-        if self.data_axis.size > 1:
-            dist.all_reduce(square, group=self.data_axis.group)
+        if self.mesh.devices is not None:
+            dist.all_reduce(square, group=self.mesh.devices["weights"].get_group())
         norm = square.sqrt()
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -116,39 +126,27 @@ class FsdpEngine:
             state["step"].fill_(num_updates)
 
     def _forward(self, micro: Micro) -> LossTerms:
-        micro = micro.to(self.data_axis.device)
+        micro = micro.to(self.mesh.device)
         terms: LossTerms = self.model(micro.batch, micro.corruption, step=micro.step)
         return terms
 
     def _precision(self) -> AbstractContextManager[None]:
         if not self.autocast:
             return nullcontext()
-        return torch.autocast(self.data_axis.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.mesh.device.type, dtype=torch.bfloat16)
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        frozen = [name for name in names if re.fullmatch(pattern, name)]
-        if not frozen:
-            raise ValueError(f"train.freeze: {pattern!r} matches no parameter; there are {', '.join(names[:4])}, ...")
-        for name in frozen:
-            model.get_parameter(name).requires_grad_(False)
-    if patterns and not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"train.freeze={list(patterns)} leaves nothing to train: free a part of the model")
-
-
-def _shard(model: nn.Module, axis: DataAxis, precision: str) -> None:
+def _shard(model: nn.Module, devices: DeviceMesh, precision: str) -> None:
     """Shards every unit of the layout and then the rest; sums of gradients, no division."""
     compute = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units = [module for name, module in model.named_modules() if re.fullmatch(SHARDING_UNITS, name)]
     for module in [*units, model]:
-        fully_shard(module, mesh=axis.mesh, mp_policy=policy)
+        fully_shard(module, mesh=devices["replicate", "weights"], mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

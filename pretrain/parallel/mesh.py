@@ -1,4 +1,4 @@
-"""Process groups: one data axis; a mesh of one process is a plain run."""
+"""Process groups: which ranks share rows, parts of a row, matrices; a mesh of one process is a plain run."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,24 +11,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..config import ParallelConfig
+
 T = TypeVar("T")
 RANK_TIMEOUT = timedelta(hours=1)
 """How long ranks wait for one another: rank 0 may tokenise a corpus or seal a checkpoint meanwhile."""
+AXES = ("replicate", "shard", "context", "tensor")
+"""Of the device mesh, the innermost last: its ranks talk most and should share a machine."""
 
 
 @dataclass(frozen=True)
-class DataAxis:
-    """The ranks among which a batch is divided: all that data and metrics know of the mesh."""
+class Axis:
+    """Ranks that share a piece of work."""
 
-    rank: int
-    size: int
-    device: torch.device
-    mesh: DeviceMesh | None = None
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The process group of the axis."""
-        return None if self.mesh is None else self.mesh.get_group("data")
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
         """Sums over the ranks, in float64 and on the host, without waiting for the device."""
@@ -52,31 +50,107 @@ class DataAxis:
             dist.barrier(group=self.group)
 
 
-def single_process() -> DataAxis:
-    """The axis of a process that works alone, on the CPU."""
-    return DataAxis(rank=0, size=1, device=torch.device("cpu"))
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a run, and the axes along which they divide its work.
+
+    Args:
+        device: where this process computes.
+        world: all processes, which decide together and write checkpoints together.
+        data: processes with different rows of a batch.
+        sums: processes whose losses add up to the batch's: those of `data`, and the parts of a row (context).
+        tensor: processes that divide every matrix.
+        context: processes that divide the positions of a row.
+        devices: all of it as PyTorch sees it, with the axes of AXES; None in a process that is alone.
+    """
+
+    device: torch.device
+    world: Axis = Axis()
+    data: Axis = Axis()
+    sums: Axis = Axis()
+    tensor: Axis = Axis()
+    context: Axis = Axis()
+    devices: DeviceMesh | None = None
+
+
+def single_process(device: torch.device | None = None) -> Mesh:
+    """The mesh of a process that works alone; default: on the CPU."""
+    return Mesh(device or torch.device("cpu"))
 
 
 @contextmanager
-def process_mesh(environ: Mapping[str, str] = os.environ) -> Iterator[DataAxis]:
-    """The data axis of this process, from torchrun's variables; torn down at the end."""
-    size, rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("RANK", 0))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local, available = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= available:
-            raise ValueError(
-                f"process {local} of this machine has no GPU, there are {available}: use --nproc-per-node={available}"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, str] = os.environ) -> Iterator[Mesh]:
+    """The mesh of torchrun's processes, from its variables; torn down at the end.
+
+    Raises:
+        ValueError: the processes can not be divided as asked.
+    """
+    parallel = parallel or ParallelConfig()
+    size = int(environ.get("WORLD_SIZE", 1))
+    shard = num_shards(parallel, size)
+    device = _device(environ)
     if size == 1:
-        yield DataAxis(rank=0, size=1, device=device)
+        yield single_process(device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     try:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
-        yield DataAxis(rank=rank, size=size, device=device, mesh=mesh)
+        yield build_mesh(device, (parallel.replicate, shard, parallel.context, parallel.tensor))
     finally:
         dist.destroy_process_group()
+
+
+def build_mesh(device: torch.device, shape: tuple[int, int, int, int]) -> Mesh:
+    """The mesh of an initialised process group, its sizes in the order of AXES."""
+    devices = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+    flat = {name: devices[axes]._flatten(name) for name, axes in COMBINED.items()}
+    return Mesh(
+        device,
+        world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD),
+        data=_axis(flat["data"]),
+        sums=_axis(flat["sums"]),
+        tensor=_axis(devices["tensor"]),
+        context=_axis(devices["context"]),
+        devices=devices,
+    )
+
+
+COMBINED = {
+    "data": ("replicate", "shard"),
+    "sums": ("replicate", "shard", "context"),
+    "weights": ("shard", "context"),
+}
+"""Axes of the device mesh that act as one: rows, sums of losses, and shards of the weights."""
+
+
+def num_shards(parallel: ParallelConfig, size: int) -> int:
+    """Size of the shard axis among `size` processes.
+
+    Raises:
+        ValueError: the other axes do not divide them.
+    """
+    others = parallel.replicate * parallel.context * parallel.tensor
+    if size % others:
+        raise ValueError(
+            f"{size} processes do not divide into parallel.replicate={parallel.replicate} x "
+            f"parallel.context={parallel.context} x parallel.tensor={parallel.tensor}: "
+            f"use a multiple of {others} processes, or smaller axes"
+        )
+    return size // others
+
+
+def _axis(mesh: DeviceMesh) -> Axis:
+    return Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+
+
+def _device(environ: Mapping[str, str]) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, available = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= available:
+        raise ValueError(
+            f"process {local} of this machine has no GPU, there are {available}: use --nproc-per-node={available}"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

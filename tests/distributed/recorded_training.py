@@ -32,13 +32,13 @@ def main(paths: list[str]) -> None:
     """Runs the configurations."""
     seen: dict[int, tuple[float, list[int]]] = {}
     record_noise(seen)
-    with mesh.process_mesh() as axis:
-        mesh.process_mesh = lambda: contextlib.nullcontext(axis)  # type: ignore[assignment, misc]
+    with mesh.process_mesh() as devices:
+        mesh.process_mesh = lambda parallel=None: contextlib.nullcontext(devices)  # type: ignore[assignment, misc]
         for path in paths:
             seen.clear()
             config = load_config(Path(path))
             train(config)
-            (config.path / f"noise-{axis.rank}.json").write_text(json.dumps(seen))
+            (config.path / f"noise-{devices.world.rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

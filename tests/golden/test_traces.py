@@ -25,7 +25,7 @@ from model.config import (
     TransformerConfig,
 )
 from model.diffusion import StepSchedule
-from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 from pretrain.schedules import learning_rate
@@ -84,7 +84,7 @@ class Arithmetic:
 
 def trace(model: ModelConfig, steps: int = 12) -> list[float]:
     optim, source = OptimConfig(lr=3e-3, warmup_steps=4), Arithmetic()
-    engine = FsdpEngine(model, optim, TrainConfig(), single_process(), seed=1)
+    engine = FsdpEngine(model, optim, TrainConfig(), ParallelConfig(), single_process(), seed=1)
     losses = []
     loader = Loader(
         source,

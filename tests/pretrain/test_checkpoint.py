@@ -16,7 +16,7 @@ from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from model.config import AugmentationConfig, LatentConfig, ModelConfig, TransformerConfig
 from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation, newest_good, resume
 from pretrain.checkpoint.save import checkpoint_name, save_checkpoint
-from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 from pretrain.state import TrainState
@@ -64,7 +64,9 @@ def tokenizer() -> Tokenizer:
 
 
 def make_engine(model: ModelConfig = MODEL, *, ema_decay: float = 0.9, seed: int = 0) -> FsdpEngine:
-    return FsdpEngine(model, OptimConfig(), TrainConfig(ema_decay=ema_decay), single_process(), seed=seed)
+    return FsdpEngine(
+        model, OptimConfig(), TrainConfig(ema_decay=ema_decay), ParallelConfig(), single_process(), seed=seed
+    )
 
 
 def fill(engine: FsdpEngine, value: float) -> FsdpEngine:
@@ -82,7 +84,7 @@ def save(folder: Path, step: int, *, tokenizer: Tokenizer, keep: int = 9, ema_de
         fill(make_engine(ema_decay=ema_decay), step).state_dict(),
         TrainState(step=step, tokens=100 * step, skipped=1, resumes=2),
         MODEL,
-        single_process(),
+        single_process().world,
         save_tokenizer=tokenizer.save,
         keep=keep,
     )
@@ -243,7 +245,7 @@ def test_a_model_with_another_switch_is_another_model(
             make_engine(there).state_dict(),
             TrainState(step=1),
             there,
-            single_process(),
+            single_process().world,
             save_tokenizer=tokenizer.save,
             keep=1,
         )

@@ -13,7 +13,7 @@ from model.config import ModelConfig, TransformerConfig
 from model.corruption import corrupt
 from model.diffusion import StepSchedule
 from model.noise import NoiseKey
-from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
@@ -27,7 +27,7 @@ def make_engine(*, dropout: float = 0.0, seed: int = 0, **train: object) -> Fsdp
     backbone = TransformerConfig(dim=32, num_layers=2, num_heads=2, qkv_bias=True, dropout=dropout)
     model = ModelConfig(backbone=backbone, vocab_size=VOCAB, mask_id=VOCAB - 1)
     settings = TrainConfig(**{"ema_decay": 0.9, **train})  # type: ignore[arg-type]
-    return FsdpEngine(model, OPTIM, settings, single_process(), seed=seed)
+    return FsdpEngine(model, OPTIM, settings, ParallelConfig(), single_process(), seed=seed)
 
 
 def micros(engine: FsdpEngine, *, step: int = 0, rows: int = ROWS) -> list[Micro]:

@@ -50,7 +50,7 @@ def tokenizer() -> Tokenizer:
 
 def engine_of(config: RunConfig, tokenizer: Tokenizer) -> FsdpEngine:
     model = config.model.with_vocabulary(tokenizer.vocab_size, tokenizer.mask_id)
-    return FsdpEngine(model, config.optim, config.train, single_process(), seed=config.seed)
+    return FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=config.seed)
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def test_other_shapes_are_refused(make_config: MakeConfig, tmp_path: Path, paren
 
 
 def test_a_run_with_nothing_in_common_is_refused(parent: Path, tokenizer: Tokenizer) -> None:
-    engine: Any = SimpleNamespace(state_dict=lambda: {"model": {"other": torch.zeros(2)}}, data_axis=single_process())
+    engine: Any = SimpleNamespace(state_dict=lambda: {"model": {"other": torch.zeros(2)}}, mesh=single_process())
     with pytest.raises(ValueError, match=r"has no parameter in common with this model: use a run of the same backbone"):
         initialise_from(parent, engine, tokenizer)
 

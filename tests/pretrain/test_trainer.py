@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pretrain.data import open_data
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.hooks.metrics import read_metrics
-from pretrain.parallel.mesh import DataAxis, single_process
+from pretrain.parallel.mesh import Axis, single_process
 from pretrain.schedules import learning_rate
 from pretrain.train import resolve, train
 from pretrain.trainer import Trainer, corrupt_step, validation_bound
@@ -200,9 +201,9 @@ def test_the_books_are_kept(undisturbed: RunConfig, trace: ReadTrace) -> None:
 
 def test_the_logged_loss_is_the_sum_over_the_global_count(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", "train.steps=1", "model.backbone.dropout=0")
-    data = open_data(config.data, single_process())
+    data = open_data(config.data, single_process().world)
     model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
-    engine = FsdpEngine(model, config.optim, config.train, single_process(), seed=config.seed)
+    engine = FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=config.seed)
     trainer = Trainer(config, model, engine, data, hooks=[])
     micro = next(iter(trainer._batches()))
     noise, batch = micro.corruption, micro.batch
@@ -271,10 +272,10 @@ def test_speed_is_counted_over_the_steps_of_a_line(make_config: MakeConfig, tmp_
 @pytest.mark.parametrize("size", [3, 5, 32])
 def test_a_batch_that_does_not_divide_is_refused(make_config: MakeConfig, tmp_path: Path, size: int) -> None:
     config = make_config(tmp_path / "run")
-    data = open_data(config.data, single_process())
+    data = open_data(config.data, single_process().world)
     model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
-    engine = FsdpEngine(model, config.optim, config.train, single_process(), seed=0)
-    engine.data_axis = DataAxis(rank=0, size=size, device=torch.device("cpu"))
+    engine = FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=0)
+    engine.mesh = replace(single_process(), data=Axis(rank=0, size=size))
     with pytest.raises(ValueError, match=rf"16 rows .* {size} processes: use one of \[1, 2, 4, 8, 16\] processes"):
         Trainer(config, model, engine, data, hooks=[])
     assert not config.path.exists()
@@ -282,9 +283,9 @@ def test_a_batch_that_does_not_divide_is_refused(make_config: MakeConfig, tmp_pa
 
 def test_the_validation_bound_does_not_depend_on_how_the_rows_are_cut(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
-    data = open_data(config.data, single_process())
+    data = open_data(config.data, single_process().world)
     model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
-    engine = FsdpEngine(model, config.optim, config.train, single_process(), seed=0)
+    engine = FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=0)
     for key in ("micro_batch_tokens=32", "micro_batch_tokens=96", "batch_tokens=1024", "batch_tokens=96"):
         other = make_config(tmp_path / "run", f"train.{key}")
         found, first = (validation_bound(engine, data, model, each) for each in (other, config))

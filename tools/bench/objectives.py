@@ -16,7 +16,7 @@ from model.corruption import Corruption, corrupt
 from model.diffusion import MaskedDiffusion, StepSchedule
 from model.flops import training_flops
 from model.noise import NoiseKey
-from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
@@ -138,7 +138,7 @@ def _training(repeats: int, shape: Shape) -> dict[str, float]:
 
 
 def _engine(config: ModelConfig) -> FsdpEngine:
-    return FsdpEngine(config, OptimConfig(), TrainConfig(), single_process(), seed=0)
+    return FsdpEngine(config, OptimConfig(), TrainConfig(), ParallelConfig(), single_process(), seed=0)
 
 
 def _training_step(engine: FsdpEngine, config: ModelConfig, shape: Shape) -> None:

@@ -11,7 +11,7 @@ from model.config import ModelConfig, TransformerConfig
 from model.corruption import corrupt
 from model.diffusion import StepSchedule
 from model.noise import NoiseKey
-from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
@@ -70,7 +70,7 @@ def _batch() -> Batch:
 
 
 def _our_step(batch: Batch) -> tuple[Callable[[], None], int]:
-    engine = FsdpEngine(MODEL, OptimConfig(), TrainConfig(), single_process(), seed=0)
+    engine = FsdpEngine(MODEL, OptimConfig(), TrainConfig(), ParallelConfig(), single_process(), seed=0)
 
     def step() -> None:
         corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), MODEL)

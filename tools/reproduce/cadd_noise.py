@@ -43,7 +43,7 @@ def _jobs(budget: Budget) -> dict[str, Job]:
 
 def held_out(run: Loaded) -> Source:
     """The rows that a run was validated on."""
-    data = open_data(load_config(run.run / "config.yaml").data, single_process())
+    data = open_data(load_config(run.run / "config.yaml").data, single_process().world)
     assert data.validation is not None, "small_text holds documents out"
     return data.validation
 
