@@ -3,13 +3,14 @@
 Shapes: B sequences, Q queries, S keys, H query heads, G key/value heads, K head width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .masks import MaskSpec
+from .sequence import SequencePart
 
 
 @dataclass
@@ -48,6 +49,20 @@ class AttentionPlan:
 
     visible: Tensor | None
     causal: bool
+    part: SequencePart | None = None
+
+    def of_part(self, part: SequencePart) -> "AttentionPlan":
+        """What the queries of a part of the positions see, of all keys.
+
+        Raises:
+            ValueError: the positions do not divide, or the backend's own causal mask would have to be cut.
+        """
+        if self.causal:
+            raise ValueError("parallel.context > 1 has no causal attention: set model.autoregressive=false")
+        visible = self.visible
+        if visible is not None and visible.shape[2] > 1:
+            visible = visible[:, :, part.span(visible.shape[2])]
+        return replace(self, visible=visible, part=part)
 
 
 def prepare(mask: MaskSpec, num_queries: int, num_cached: int, device: torch.device) -> AttentionPlan:

@@ -196,8 +196,6 @@ class ParallelConfig(Settings):
     """Groups of processes that hold a whole model each (HSDP); within a group it is sharded."""
     tensor: int = 1
     """Processes that divide every matrix among them (tensor parallel)."""
-    sequence: bool = False
-    """With tensor > 1: these processes also divide the positions between their products (sequence parallel)."""
     context: int = 1
     """Processes that divide the positions of a row among them (context parallel)."""
     offload: bool = False
@@ -208,8 +206,6 @@ class ParallelConfig(Settings):
         for name in ("replicate", "tensor", "context"):
             if getattr(self, name) < 1:
                 yield f"parallel.{name}={getattr(self, name)} must be at least 1"
-        if self.sequence and self.tensor == 1:
-            yield "parallel.sequence=true divides positions among tensor-parallel processes: set parallel.tensor too"
 
 
 @dataclass(frozen=True, kw_only=True)
