@@ -252,7 +252,7 @@ def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: Run
             terms = engine.evaluate(Micro(batch, corruption, StepSchedule()))
             if index_B.numel():
                 sums.add(terms.loss_B, batch.maskable_BL.sum(1))
-    return BoundSums(*engine.mesh.sums.all_reduce(sums.as_list())).estimate(model.objective)
+    return BoundSums(*axis.all_reduce(sums.as_list())).estimate(model.objective)
 
 
 def run_identity(config: RunConfig, data: Data) -> dict[str, object]:
