@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KVCache, prepare
+from .attention import AttentionName, KVCache, prepare, refuse_device
 from .config import TransformerConfig
 from .layers import Block, TimeEmbedding, make_norm, modulate
 from .losses import VocabularySlice, masked_linear_cross_entropy
@@ -26,6 +26,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_blocks = False
+        self.attention_backend: AttentionName = "sdpa"
         self.vocabulary: VocabularySlice | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.place = nn.Embedding(config.max_positions, config.dim) if config.max_positions else None
@@ -73,7 +74,7 @@ class Transformer(nn.Module):
         if self.place is not None:
             x_BLD = x_BLD + self.place(positions)
         rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
-        plan = prepare(mask or MaskSpec(), x_BLD.shape[1], num_cached, x_BLD.device)
+        plan = prepare(mask or MaskSpec(), x_BLD, num_cached, self.attention_backend)
         condition_BSC = self._condition(t, condition)
         modulation = condition_BSC
         if self.modulation is not None and condition_BSC is not None:
@@ -133,3 +134,15 @@ class Transformer(nn.Module):
             return x_BLD
         shift, scale = self.final_modulation(F.silu(condition_BSC)).chunk(2, dim=-1)
         return modulate(x_BLD, shift, scale, applies_BL)
+
+
+def use_attention(model: nn.Module, name: AttentionName, device: torch.device) -> None:
+    """Lets every transformer of a model that is trained on `device`, those of its latent too, attend by one backend.
+
+    Raises:
+        ValueError: the backend is not installed, or does not train there.
+    """
+    refuse_device(name, device, training=True)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.attention_backend = name

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from model.config import ModelConfig
 from model.diffusion import LossTerms, MaskedDiffusion
 from model.initialisation import initialise
+from model.transformer import use_attention
 
 from ..config import OptimConfig, ParallelConfig, TrainConfig
 from ..ema import Ema
@@ -47,6 +48,7 @@ class FsdpEngine:
         with torch.device("meta"):
             self.model = MaskedDiffusion(model)
         self.model.denoiser.recompute_blocks = train.recompute == "full"
+        use_attention(self.model, train.attention, mesh.device)
         freeze(self.model, train.freeze)
         self.autocast = train.precision == "bf16" and mesh.devices is None
         if mesh.devices is not None:

@@ -248,3 +248,10 @@ def test_weights_follow_the_seed_alone() -> None:
     assert not torch.equal(
         first["model/denoiser.embed.weight"], snapshot(make_engine(seed=1))["model/denoiser.embed.weight"]
     )
+
+
+def test_the_attention_backend_reaches_the_model_and_is_refused_where_it_can_not_train() -> None:
+    for name in ("auto", "sdpa"):
+        assert make_engine(attention=name).model.denoiser.attention_backend == name
+    with pytest.raises(ValueError, match=r"flex trains on cuda only, not on cpu: set train\.attention=sdpa"):
+        make_engine(attention="flex")
