@@ -172,6 +172,8 @@ class TrainConfig(Settings):
     """Tokens per forward pass on a rank; default: the rank's whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 and keeps weights, moments and reductions in float32."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """Kernel. auto: sdpa; on an NVIDIA GPU flash-attn where installed and able, flex for blocks and documents."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
     recompute: Literal["none", "selective", "full"] = "none"
