@@ -113,7 +113,13 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
-    """Train a recipe, from its newest good checkpoint if there is one."""
+    """Train a recipe, from its newest good checkpoint if there is one.
+
+    SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and train.time_limit_minutes save a checkpoint and end the run.
+
+    Exit codes: 0 finished; 75 stopped with a checkpoint: the same command goes on; 70 a spike in the gradient
+    (train.on_spike); 71 stalled (train.watchdog_minutes); 2 a mistake in the settings; 1 any other error.
+    """
     from pretrain.config import dump_config
     from pretrain.train import resolve
     from pretrain.train import train as run_training
@@ -122,7 +128,7 @@ def train(
     if dry_run:
         print(dump_config(config), end="")
     else:
-        run_training(config)
+        raise typer.Exit(run_training(config))
 
 
 @app.command()
