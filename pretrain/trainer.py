@@ -119,7 +119,8 @@ class Trainer:
         while self.state.step < self.config.train.steps:
             with self.span("data_wait"):
                 share = next(batches)
-            divisor, all_masked = self._agree([share.corruption.divisor, share.corruption.num_masked])
+            with self.span("rank_wait"):
+                divisor, all_masked = self._agree([share.corruption.divisor, share.corruption.num_masked])
             taken = self._step(share, divisor=divisor, all_masked=all_masked)
             if self.spikes.needs_host() and not taken and self._answer_spike():
                 self.window, batches = Window(), self._batches()
@@ -160,8 +161,7 @@ class Trainer:
         One sum over all ranks on the host: those that share rows repeat their counts.
         """
         world = self.mesh.world
-        with self.span("rank_wait"):
-            totals = world.all_reduce([*counts, *self.stop.votes()])
+        totals = world.all_reduce([*counts, *self.stop.votes()])
         self._tell(lambda hook: hook.on_alive())
         self.stop.decide(totals[len(counts) :])
         repeats = world.size // self.mesh.data.size
