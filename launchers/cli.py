@@ -132,6 +132,18 @@ def train(
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.", metavar="RUN")],
+    every: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+) -> None:
+    """Watch a run: loss and bound, speed, time left, where the time goes, checkpoints, lagging ranks."""
+    from .watch import run_watch
+
+    run_watch(run, every=every, once=once)
+
+
+@app.command()
 @with_sampling(temperature=1.0)
 def sample(
     run: RunFolder,
