@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from .manifest import damage, read_manifest
 CHECKPOINTS = "checkpoints"
 
 
-def newest_good(folder: Path) -> Path | None:
-    """The newest sealed and undamaged checkpoint of a folder; damaged ones are named on stderr and passed over."""
-    sealed = sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), reverse=True)
+def newest_good(folder: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> Path | None:
+    """The newest checkpoint of a folder that is sealed, undamaged (others are named on stderr) and wanted."""
+    sealed = sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp" and wanted(p)), reverse=True)
     for path in sealed:
         fault = damage(path)
         if fault is None:
