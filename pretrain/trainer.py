@@ -23,7 +23,8 @@ from model.flops import training_flops
 from model.noise import NoiseKey
 
 from .checkpoint.load import CHECKPOINTS, initialise_from, newest_good, resume
-from .checkpoint.save import save_checkpoint
+from .checkpoint.manifest import Kind
+from .checkpoint.saver import Saver
 from .config import RunConfig
 from .data import Data
 from .engines.base import Engine, Micro
@@ -102,8 +103,18 @@ class Trainer:
 
     def run(self) -> TrainState:
         """Trains from the newest good checkpoint (or from nothing) to the last step."""
-        folder = self.config.path / CHECKPOINTS
-        checkpoint = self.mesh.world.from_first(lambda: newest_good(folder))
+        with Saver(
+            self.config.path / CHECKPOINTS,
+            self.config.checkpoint,
+            self.model,
+            self.mesh,
+            save_tokenizer=self.data.tokenizer.save,
+            on_sealed=self._announce,
+        ) as self.saver:
+            return self._run()
+
+    def _run(self) -> TrainState:
+        checkpoint = newest_good(self.config.path / CHECKPOINTS, self.mesh.world)
         if checkpoint is not None:
             self.state = resume(checkpoint, self.engine, self.model, self.state.identity)
             self.state.resumes += self.state.step < self.config.train.steps
@@ -121,8 +132,12 @@ class Trainer:
             with self.window.paused():
                 if self._due(self.config.validation.every):
                     self._validate()
+                self.saver.poll()
                 if self._due(self.config.checkpoint.every):
                     self._save()
+                elif self._due(self.config.log.every) and self.saver.ephemeral_due():
+                    self._save("ephemeral")
+        self.saver.finish()
         for hook in self.hooks:
             hook.on_finish(self.state)
         return self.state
@@ -215,19 +230,13 @@ class Trainer:
         for hook in self.hooks:
             hook.on_validation(bound, self.state)
 
-    def _save(self) -> None:
+    def _save(self, kind: Kind = "permanent") -> None:
         self._count_skipped()
-        path = save_checkpoint(
-            self.config.path / CHECKPOINTS,
-            self.engine.state_dict(),
-            self.state,
-            self.model,
-            self.mesh.world,
-            save_tokenizer=self.data.tokenizer.save,
-            keep=self.config.checkpoint.keep,
-        )
+        self.saver.save(self.engine.state_dict(), self.state, kind)
+
+    def _announce(self, path: Path, state: TrainState) -> None:
         for hook in self.hooks:
-            hook.on_checkpoint(path, self.state)
+            hook.on_checkpoint(path, state)
 
     def _due(self, every: int) -> bool:
         last = self.state.step == self.config.train.steps
