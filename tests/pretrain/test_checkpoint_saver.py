@@ -1,6 +1,7 @@
 """Saves beside the training: what is written, when the loop waits, what it hears, and ephemeral ones in between."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -73,7 +74,7 @@ def make_saver(
     *,
     heard: list[tuple[str, int]] | None = None,
     save_tokenizer: Callable[[Path], None] | None = None,
-    clock: Callable[[], float] = Clock(),
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Saver:
     def on_sealed(path: Path, state: TrainState) -> None:
@@ -185,10 +186,16 @@ def test_what_goes_wrong_in_a_save_is_raised_in_the_loop(
 
 
 def test_a_failing_run_lets_its_save_end(tmp_path: Path, engine: FsdpEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held_back(monkeypatch) as released, pytest.raises(ZeroDivisionError), make_saver(tmp_path, engine) as saver:
-        saver.save(engine.state_dict(), TrainState(step=1))
-        threading.Timer(0.2, released.set).start()
-        raise ZeroDivisionError
+    def fail(saver: Saver) -> None:
+        with saver:
+            saver.save(engine.state_dict(), TrainState(step=1))
+            threading.Timer(0.2, released.set).start()
+            raise ZeroDivisionError
+
+    with held_back(monkeypatch) as released:
+        saver = make_saver(tmp_path, engine)
+        with pytest.raises(ZeroDivisionError):
+            fail(saver)
     assert newest_good(tmp_path) == tmp_path / checkpoint_name(1)
 
 
@@ -259,9 +266,10 @@ def test_a_run_goes_on_from_an_ephemeral_one(
 
     steps: list[int] = []
     step = FsdpEngine.step
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(FsdpEngine, "step", killed_after)
-        train(killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(killed)
     (left,) = (killed.path / CHECKPOINTS).iterdir()
     assert read_manifest(left).kind == "ephemeral"
     train(killed)
