@@ -235,7 +235,24 @@ class CheckpointConfig(Settings):
     every: int = 500
     """Steps between checkpoints; the last step always saves. 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest of them that are kept."""
+    keep_every: int = 0
+    """Steps, a multiple of checkpoint.every, whose checkpoints are never removed. 0: none."""
+    ephemeral_minutes: float = 0
+    """Minutes after which an ephemeral one is saved in between, which goes when a newer one is sealed. 0: none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, one sentence each."""
+        for name, least in (("keep", 1), ("every", 0), ("keep_every", 0), ("ephemeral_minutes", 0)):
+            if not getattr(self, name) >= least:
+                yield f"checkpoint.{name}={getattr(self, name)} must be at least {least}"
+        if self.keep_every > 0 and (self.every < 1 or self.keep_every % self.every):
+            yield (
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}, "
+                "so most of these steps would have no checkpoint: change one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +321,7 @@ class RunConfig(Settings):
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
         yield from self.parallel.problems()
+        yield from self.checkpoint.problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -341,8 +359,6 @@ class RunConfig(Settings):
             ("log.every", self.log.every, 1),
             ("log.profile_steps", min(self.log.profile_steps, default=1), 1),
             ("log.memory_snapshot", self.log.memory_snapshot, 0),
-            ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("checkpoint.every", self.checkpoint.every, 0),
             ("validation.every", self.validation.every, 0),
             ("data.num_workers", self.data.num_workers, 0),
         ):
