@@ -50,8 +50,9 @@ class MegatronEngine:
         self.wholes = {name: p.detach() for name, p in self.model.named_parameters()}
         self.num_parameters = sum(p.numel() for p in self.wholes.values())
         self.placements = {name: PLACEMENTS[role_of(name)] if divisible else Replicate() for name in self.wholes}
-        if mesh.devices is not None:
-            _divide(self.model, self.placements, mesh.devices["tensor"])
+        self.tensor_axis = None if mesh.devices is None else mesh.devices["tensor"]
+        if self.tensor_axis is not None:
+            _divide(self.model, self.placements, self.tensor_axis)
         self.model.to_empty(device=mesh.device)
         initialise(self.model, seed, num_layers=model.backbone.num_layers)
         if divisible:
@@ -137,12 +138,12 @@ class MegatronEngine:
 
     def _canonical(self, name: str, local: Tensor) -> Tensor:
         """A local tensor as the part that it is, on the same memory."""
-        if self.mesh.devices is None:
+        if self.tensor_axis is None:
             return local
         whole = self.wholes[name]
         return DTensor.from_local(
             local,
-            self.mesh.devices["tensor"],
+            self.tensor_axis,
             [self.placements[name]],
             run_check=False,
             shape=whole.shape,

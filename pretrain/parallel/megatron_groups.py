@@ -18,10 +18,20 @@ def start_groups(mesh: Mesh) -> tuple[ProcessGroup, ProcessGroup]:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if mesh.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=mesh.tensor.size,
-        distributed_timeout_minutes=int(RANK_TIMEOUT.total_seconds() // 60),
-        create_gloo_process_groups=False,
-    )
+    if not _divides_by(mesh.tensor.size):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=mesh.tensor.size,
+            distributed_timeout_minutes=int(RANK_TIMEOUT.total_seconds() // 60),
+            create_gloo_process_groups=False,
+        )
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+
+
+def _divides_by(size: int) -> bool:
+    """Whether the state has tensor groups of that size among the processes of today; it outlives their groups."""
+    group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    try:
+        return group is not None and len(dist.get_process_group_ranks(group)) == size
+    except KeyError:
+        return False

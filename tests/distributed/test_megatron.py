@@ -151,9 +151,9 @@ def check_replicated_gradients(mesh: Mesh) -> None:
     """What is not divided has the same gradient on both tensor processes, bit for bit."""
     engine = make("megatron", mesh, "all", TrainConfig())
     backward(engine, SYSTEMS["all"], 0)
-    replicated = 0
+    replicated, canonical = 0, engine.state_dict()["model"]
     for name, parameter in engine.parameters.items():  # type: ignore[attr-defined]
-        if parameter.shape == engine.state_dict()["model"][name].shape and parameter.grad is not None:
+        if parameter.shape == canonical[name].shape and parameter.grad is not None:
             both = [torch.empty_like(parameter.grad) for _ in range(2)]
             dist.all_gather(both, parameter.grad)
             assert torch.equal(*both), name
