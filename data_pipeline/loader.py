@@ -1,6 +1,10 @@
 """Batches, step by step: each rank's slice of the global batch, prepared ahead by worker processes."""
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -64,7 +68,7 @@ class Loader(Generic[T]):
                 sampler=self._steps,
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_use_one_thread,
+                worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else starting the workers advances the global generator
             )
         )
@@ -103,5 +107,24 @@ def _check_batch(global_batch: int, size: int) -> None:
         )
 
 
-def _use_one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread, and hard of hearing: what asks all processes of a run to stop is for its loop to answer."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _Patience())
+
+
+class _Patience:
+    """Passes over the first SIGTERM and its echoes; one that comes later is meant for the worker and ends it."""
+
+    echo = 2.0
+
+    def __init__(self) -> None:
+        self.first = float("inf")
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        self.first = min(self.first, now)
+        if now > self.first + self.echo:
+            os._exit(0)

@@ -79,7 +79,7 @@ def read_run(run: Path) -> RunRecord:
 def read_metrics(path: Path) -> tuple[list[Row], list[Row], list[Row]]:
     """Training, validation and event rows in order of their step; lines cut short by a kill are left out.
 
-    A resume goes back to its step: rows past it are forgotten, and of two rows of one step the later counts.
+    A resume or a rollback goes back to its step: rows past it are forgotten; of two rows of one step the later counts.
     """
     train: dict[int, Row] = {}
     validation: dict[int, Row] = {}
@@ -94,7 +94,7 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row], list[Row]]:
             validation[step] = _validation_row(row)
         elif kind == "event":
             events.append(row)
-            if row.get("event") == "resume":
+            if row.get("event") in ("resume", "rollback"):
                 train = {s: kept for s, kept in train.items() if s <= step}
                 validation = {s: kept for s, kept in validation.items() if s <= step}
     return [train[s] for s in sorted(train)], [validation[s] for s in sorted(validation)], events

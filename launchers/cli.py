@@ -113,7 +113,13 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
-    """Train a recipe, from its newest good checkpoint if there is one."""
+    """Train a recipe, from its newest good checkpoint if there is one.
+
+    SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and train.time_limit_minutes save a checkpoint and end the run.
+
+    Exit codes: 0 finished; 75 stopped with a checkpoint: the same command goes on; 70 a spike in the gradient
+    (train.on_spike); 71 stalled (train.watchdog_minutes); 2 a mistake in the settings; 1 any other error.
+    """
     from pretrain.config import dump_config
     from pretrain.train import resolve
     from pretrain.train import train as run_training
@@ -122,7 +128,19 @@ def train(
     if dry_run:
         print(dump_config(config), end="")
     else:
-        run_training(config)
+        raise typer.Exit(run_training(config))
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.", metavar="RUN")],
+    every: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+) -> None:
+    """Watch a run: loss and bound, speed, time left, where the time goes, checkpoints, lagging ranks."""
+    from .watch import run_watch
+
+    run_watch(run, every=every, once=once)
 
 
 @app.command()
@@ -206,6 +224,7 @@ class Benchmark(StrEnum):
     head = "head"
     step = "step"
     objectives = "objectives"
+    checkpoint = "checkpoint"
 
 
 @app.command()
@@ -214,7 +233,8 @@ def bench(
         Benchmark,
         typer.Argument(
             help="head: loss and gradient of the head; step: a training step against transformers' Qwen2; "
-            "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling."
+            "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling; "
+            "checkpoint: how long a save keeps training waiting."
         ),
     ],
     json: JsonFile = None,

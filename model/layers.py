@@ -65,8 +65,6 @@ class Attention(nn.Module):
         value_BLGK = self.v(x_BLD).unflatten(-1, (-1, self.head_dim))
         if cache is not None:
             key_BLGK, value_BLGK = cache.extend(self.layer, key_BLGK, value_BLGK)
-        if plan.part is not None:
-            key_BLGK, value_BLGK = plan.part.gather(key_BLGK), plan.part.gather(value_BLGK)
         return self.out(attend(query_BLHK, key_BLGK, value_BLGK, plan).flatten(2))
 
 
@@ -92,6 +90,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.part: SequencePart | None = None
         self.gates, self.num_modulated = config.gates, config.num_modulated
         self.attention_norm = make_norm(config, config.dim, affine=config.affine)
         self.attention = Attention(config, layer)
@@ -117,15 +116,15 @@ class Block(nn.Module):
         """
         if modulation_BSC is None:
             attended = self.attention(self.attention_norm(x_BLD), rotary, plan, cache)
-            x_BLD = x_BLD + dropout(attended, self.dropout, streams[0], plan.part)
-            return x_BLD + dropout(self.ffn(self.ffn_norm(x_BLD)), self.dropout, streams[1], plan.part)
+            x_BLD = x_BLD + dropout(attended, self.dropout, streams[0], self.part)
+            return x_BLD + dropout(self.ffn(self.ffn_norm(x_BLD)), self.dropout, streams[1], self.part)
         vectors = modulation_BSC if self.modulation is None else self.modulation(F.silu(modulation_BSC))
         of_attention, of_ffn = (half.chunk(self.num_modulated // 2, dim=-1) for half in vectors.chunk(2, dim=-1))
         normed = modulate(self.attention_norm(x_BLD), of_attention[0], of_attention[1], applies_BL)
-        attended = dropout(self.attention(normed, rotary, plan, cache), self.dropout, streams[0], plan.part)
+        attended = dropout(self.attention(normed, rotary, plan, cache), self.dropout, streams[0], self.part)
         x_BLD = x_BLD + self._gated(attended, of_attention)
         fed = self.ffn(modulate(self.ffn_norm(x_BLD), of_ffn[0], of_ffn[1], applies_BL))
-        return x_BLD + self._gated(dropout(fed, self.dropout, streams[1], plan.part), of_ffn)
+        return x_BLD + self._gated(dropout(fed, self.dropout, streams[1], self.part), of_ffn)
 
     def _gated(self, x_BLD: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
         if self.gates == "none":

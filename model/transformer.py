@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from .attention import KVCache, prepare
+from .attention import AttentionName, KVCache, prepare, refuse_device
 from .config import TransformerConfig
 from .layers import Block, TimeEmbedding, make_norm, modulate
 from .losses import VocabularySlice, masked_linear_cross_entropy
@@ -28,6 +28,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: Recompute = "none"
+        self.attention_backend: AttentionName = "sdpa"
         self.vocabulary: VocabularySlice | None = None
         self.part: SequencePart | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
@@ -75,10 +76,10 @@ class Transformer(nn.Module):
             positions = torch.arange(num_cached, num_cached + x_BLD.shape[1], device=x_BLD.device)[None]
         if self.place is not None:
             x_BLD = x_BLD + self.place(positions)
-        plan = prepare(mask or MaskSpec(), x_BLD.shape[1], num_cached, x_BLD.device)
+        plan = prepare(mask or MaskSpec(), x_BLD, num_cached, self.attention_backend, self.part)
         condition_BSC = self._condition(t, condition)
         if self.part is not None:
-            x_BLD, plan, positions = self.part.take(x_BLD), plan.of_part(self.part), self.part.take(positions)
+            x_BLD, positions = self.part.take(x_BLD), self.part.take(positions)
             condition_BSC = None if condition_BSC is None else self.part.take(condition_BSC)
             applies = None if applies is None else self.part.take(applies)
         rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
@@ -141,6 +142,18 @@ class Transformer(nn.Module):
             return x_BLD
         shift, scale = self.final_modulation(F.silu(condition_BSC)).chunk(2, dim=-1)
         return modulate(x_BLD, shift, scale, applies_BL)
+
+
+def use_attention(model: nn.Module, name: AttentionName, device: torch.device) -> None:
+    """Lets every transformer of a model that is trained on `device`, those of its latent too, attend by one backend.
+
+    Raises:
+        ValueError: the backend is not installed, or does not train there.
+    """
+    refuse_device(name, device, training=True)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.attention_backend = name
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -172,6 +172,8 @@ class TrainConfig(Settings):
     """Tokens per forward pass on a rank; default: the rank's whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 and keeps weights, moments and reductions in float32."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """Kernel. auto: sdpa; on an NVIDIA GPU flash-attn where installed and able, flex for blocks and documents."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -186,6 +188,14 @@ class TrainConfig(Settings):
     """Weight of a latent's KL at the end of its annealing (1 is VADD's DELBO)."""
     kl_anneal_steps: int = 0
     """Steps over which that weight grows linearly from 0; without annealing a latent tends to collapse."""
+    on_spike: Literal["skip", "rollback", "stop"] = "skip"
+    """A spike: leave its update out; go back to the newest checkpoint and on after its data; end with exit code 70."""
+    spike_factor: float = 0.0
+    """A gradient norm above so many times its recent average is a spike; 0: only NaN and infinity are."""
+    time_limit_minutes: float = 0.0
+    """Minutes after which the run saves and ends with exit code 75, as after SIGTERM; 0: none."""
+    watchdog_minutes: float = 30.0
+    """Minutes without a step after which a process writes its stacks to RUN/stalls and ends, with code 71; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +235,24 @@ class CheckpointConfig(Settings):
     every: int = 500
     """Steps between checkpoints; the last step always saves. 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest of them that are kept."""
+    keep_every: int = 0
+    """Steps, a multiple of checkpoint.every, whose checkpoints are never removed. 0: none."""
+    ephemeral_minutes: float = 0
+    """Minutes after which an ephemeral one is saved in between, which goes when a newer one is sealed. 0: none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, one sentence each."""
+        for name, least in (("keep", 1), ("every", 0), ("keep_every", 0), ("ephemeral_minutes", 0)):
+            if not getattr(self, name) >= least:
+                yield f"checkpoint.{name}={getattr(self, name)} must be at least {least}"
+        if self.keep_every > 0 and (self.every < 1 or self.keep_every % self.every):
+            yield (
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}, "
+                "so most of these steps would have no checkpoint: change one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +263,12 @@ class LogConfig(Settings):
     """Steps between lines."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files to RUN/tensorboard."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps, counted from 1, that PyTorch's profiler traces on rank 0, to RUN/profiles."""
+    memory_snapshot: int = 0
+    """The step after which every GPU's allocations since the start are written to RUN/profiles; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +321,7 @@ class RunConfig(Settings):
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
         yield from self.parallel.problems()
+        yield from self.checkpoint.problems()
         if self.engine == "megatron":
             yield from self._megatron_problems()
         length, train = self.data.length, self.train
@@ -303,6 +337,8 @@ class RunConfig(Settings):
         yield from self._freeze_problems()
         if not 0 <= train.ema_decay < 1:
             yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
+        if 0 < train.spike_factor <= 1:
+            yield f"train.spike_factor={train.spike_factor} must be more than 1, such as 5; 0 turns it off"
         for name in ("decay_fraction", "min_lr_ratio"):
             if not 0 <= getattr(self.optim, name) <= 1:
                 yield f"optim.{name}={getattr(self.optim, name)} must lie in [0, 1]"
@@ -319,9 +355,12 @@ class RunConfig(Settings):
             ("train.clip_norm", train.clip_norm, 1e-12),
             ("train.kl_weight", train.kl_weight, 0),
             ("train.kl_anneal_steps", train.kl_anneal_steps, 0),
+            ("train.spike_factor", train.spike_factor, 0),
+            ("train.time_limit_minutes", train.time_limit_minutes, 0),
+            ("train.watchdog_minutes", train.watchdog_minutes, 0),
             ("log.every", self.log.every, 1),
-            ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("checkpoint.every", self.checkpoint.every, 0),
+            ("log.profile_steps", min(self.log.profile_steps, default=1), 1),
+            ("log.memory_snapshot", self.log.memory_snapshot, 0),
             ("validation.every", self.validation.every, 0),
             ("data.num_workers", self.data.num_workers, 0),
         ):

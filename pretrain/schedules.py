@@ -22,9 +22,12 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape)
 
 
-def step_schedule(step: int, config: RunConfig) -> StepSchedule:
-    """What the model is told about the step (counted from 0)."""
-    train = config.train
+def step_schedule(position: int, config: RunConfig, passed_over: int = 0) -> StepSchedule:
+    """What the model is told about the step (counted from 0) that takes the batch at a position in the data order.
+
+    passed_over: batches before it that no step takes.
+    """
+    step, train = position - passed_over, config.train
     annealed = min(1.0, (step + 1) / train.kl_anneal_steps) if train.kl_anneal_steps else 1.0
     logged = (step + 1) % config.log.every == 0 or step + 1 == train.steps
     return StepSchedule(kl_weight=train.kl_weight * annealed, statistics=logged)

@@ -1,9 +1,6 @@
 """The loop, and only the loop: data order, noise keys, learning rate, skip decision, hooks, checkpoint timing."""
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,75 +11,47 @@ from torch import Tensor
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
 from model.batch import Batch
-from model.bounds import Bound, BoundSums
 from model.collapse import LatentReport, latent_report
 from model.config import ModelConfig
-from model.corruption import corrupt, corrupt_uniform_count
+from model.corruption import corrupt
 from model.diffusion import LossTerms, StepSchedule
 from model.flops import training_flops
 from model.noise import NoiseKey
 
 from .checkpoint.load import CHECKPOINTS, initialise_from, newest_good, resume
-from .checkpoint.save import save_checkpoint
+from .checkpoint.manifest import Kind
+from .checkpoint.saver import Saver
 from .config import RunConfig
 from .data import Data
+from .endings import Ending
 from .engines.base import Engine, Micro
 from .hooks.base import Hook, StepRecord
+from .hooks.signals import Stopped, StopRequest
+from .hooks.spans import Spans
+from .hooks.spikes import Spiked, SpikeGuard
+from .identity import rows_per_rank, run_identity
+from .memory import peak_memory
+from .rollback import rollback_target
 from .schedules import learning_rate, step_schedule
 from .state import TrainState
+from .validation import validation_bound
+from .window import Latest, Window
 
 
 def corrupt_step(
-    step: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int, schedule: Callable[[int], StepSchedule]
+    position: int, rows: dict[str, Tensor], *, model: ModelConfig, seed: int, schedule: Callable[[int], StepSchedule]
 ) -> Micro:
-    """A rank's rows of one step, corrupted; runs ahead of the loop in a loader's worker."""
+    """A rank's rows of one batch, corrupted; runs ahead of the loop in a loader's worker.
+
+    position: of the batch in the data order, from which its noise comes too; it is the step until a rollback.
+    """
     batch = Batch.of(rows)
-    return Micro(batch, corrupt(batch, NoiseKey(seed, step, batch.index_B), model), schedule(step))
-
-
-@dataclass(frozen=True)
-class Latest:
-    """The newest step's sums, still on the device."""
-
-    terms: list[LossTerms]
-    norm: Tensor
-    lr: float
-    scale: float
-    all_masked: float
-
-
-@dataclass
-class Window:
-    """The steps since the last log line."""
-
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    flops: int = 0
-    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
-    latest: Latest | None = None
-
-    def add(self, *, flops: int, skipped: Tensor, latest: Latest) -> None:
-        """One more step."""
-        self.steps += 1
-        self.flops += flops
-        self.skipped = self.skipped.to(skipped.device) + skipped
-        self.latest = latest
-
-    def seconds(self) -> float:
-        """Wall time since the window opened, pauses left out."""
-        return time.perf_counter() - self.started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent within the context does not count as training."""
-        began = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - began
+    return Micro(batch, corrupt(batch, NoiseKey(seed, position, batch.index_B), model), schedule(position))
 
 
 @dataclass
 class Trainer:
-    """One run: its configuration, its engine and data, and the hooks that watch it."""
+    """One run: its configuration, its engine and data, the hooks that watch it, and what may ask it to stop."""
 
     config: RunConfig
     model: ModelConfig
@@ -90,44 +59,94 @@ class Trainer:
     data: Data
     hooks: Sequence[Hook]
     peak_flops: float | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
         self.mesh = self.engine.mesh
         self.state = TrainState(identity=run_identity(self.config, self.data))
         self.window = Window()
-        self.rows_per_rank = _divide(self.config, self.mesh.data.size)
+        self.span = self.spans or Spans(self.mesh.device)
+        self.spikes = SpikeGuard(self.config.train)
+        self.saved: int | None = None
+        self.rows_per_rank = rows_per_rank(self.config, self.mesh.data.size)
         micro_tokens = self.config.train.micro_batch_tokens
         micro_rows = self.rows_per_rank if micro_tokens is None else micro_tokens // self.config.data.length
         self.micro_rows = min(micro_rows, self.rows_per_rank)
 
-    def run(self) -> TrainState:
-        """Trains from the newest good checkpoint (or from nothing) to the last step."""
-        folder = self.config.path / CHECKPOINTS
-        checkpoint = self.mesh.world.from_first(lambda: newest_good(folder))
+    def run(self) -> Ending:
+        """Trains from the newest good checkpoint (or from nothing) to the last step, or to where it is stopped."""
+        try:
+            with Saver(
+                self.config.path / CHECKPOINTS,
+                self.config.checkpoint,
+                self.model,
+                self.mesh,
+                save_tokenizer=self.data.tokenizer.save,
+                on_sealed=self._announce,
+            ) as self.saver:
+                return self._run()
+        except BaseException as error:
+            failure = error
+            self._tell(lambda hook: hook.on_error(failure))
+            raise
+
+    def _run(self) -> Ending:
+        ending, reason = Ending.FINISHED, ""
+        try:
+            self._start()
+            self._train()
+        except Stopped as stopped:
+            ending, reason = Ending.SAVED, stopped.reason
+        except Spiked as spiked:
+            ending, reason = Ending.SPIKED, str(spiked)
+        if ending is Ending.SAVED and self.saved != self.state.step:
+            self._save()
+        self.saver.finish()
+        if ending is Ending.FINISHED:
+            self._tell(lambda hook: hook.on_finish(self.state))
+        else:
+            self._tell(lambda hook: hook.on_stop(self.state, reason))
+        return ending
+
+    def _start(self) -> None:
+        checkpoint = newest_good(self.config.path / CHECKPOINTS, self.mesh.world)
         if checkpoint is not None:
-            self.state = resume(checkpoint, self.engine, self.model, self.state.identity)
+            self._resume(checkpoint)
             self.state.resumes += self.state.step < self.config.train.steps
         elif self.config.init_from:
             taken = initialise_from(Path(self.config.init_from), self.engine, self.data.tokenizer)
             if self.mesh.world.rank == 0:
                 print(taken, flush=True)
-        for hook in self.hooks:
-            hook.on_start(self.state, resumed=checkpoint is not None)
-        self.window = Window()
-        for share in self._batches():
-            self._step(share)
+        self._tell(lambda hook: hook.on_start(self.state, resumed=checkpoint is not None))
+
+    def _train(self) -> None:
+        """From where the state stands to the last step."""
+        if self.state.owes_validation:
+            self._validate()
+        self.window, batches = Window(), self._batches()
+        while self.state.step < self.config.train.steps:
+            with self.span("data_wait"):
+                share = next(batches)
+            with self.span("rank_wait"):
+                divisor, all_masked = self._agree([share.corruption.divisor, share.corruption.num_masked])
+            taken = self._step(share, divisor=divisor, all_masked=all_masked)
+            if self.spikes.needs_host() and not taken and self._answer_spike():
+                self.window, batches = Window(), self._batches()
+                continue
             if self._due(self.config.log.every):
                 self._log()
             with self.window.paused():
                 if self._due(self.config.validation.every):
                     self._validate()
+                self.saver.poll()
                 if self._due(self.config.checkpoint.every):
                     self._save()
-        for hook in self.hooks:
-            hook.on_finish(self.state)
-        return self.state
+                elif self._due(self.config.log.every) and self.saver.ephemeral_due():
+                    self._save("ephemeral")
 
     def _batches(self) -> Iterator[Micro]:
+        passed_over = self.state.num_passed_over
         return iter(
             Loader(
                 self.data.train,
@@ -135,46 +154,88 @@ class Trainer:
                 global_batch=self.config.batch_rows,
                 rank=self.mesh.data.rank,
                 size=self.mesh.data.size,
-                first_step=self.state.step,
-                num_steps=self.config.train.steps,
+                first_step=self.state.next_batch,
+                num_steps=self.config.train.steps + passed_over,
                 num_workers=self.config.data.num_workers,
                 transform=partial(
                     corrupt_step,
                     model=self.model,
                     seed=self.config.seed,
-                    schedule=partial(step_schedule, config=self.config),
+                    schedule=partial(step_schedule, config=self.config, passed_over=passed_over),
                 ),
                 pin_memory=self.mesh.device.type == "cuda",
             )
         )
 
-    def _step(self, share: Micro) -> None:
-        """One optimizer step; nothing here waits for the device."""
+    def _agree(self, counts: Sequence[float] = ()) -> list[float]:
+        """Counts summed over the batch; raises Stopped on every rank where any of them was asked to stop.
+
+        One sum over all ranks on the host: those that share rows repeat their counts.
+        """
+        world = self.mesh.world
+        totals = world.all_reduce([*counts, *self.stop.votes()])
+        self._tell(lambda hook: hook.on_alive())
+        self.stop.decide(totals[len(counts) :])
+        repeats = world.size // self.mesh.data.size
+        return [total / repeats for total in totals[: len(counts)]]
+
+    def _step(self, share: Micro, *, divisor: float, all_masked: float) -> Tensor:
+        """One optimizer step; nothing here waits for the device. Returns 1 where the update was taken, else 0."""
         config, step = self.config, self.state.step
-        masked = share.corruption.num_masked
-        divisor, all_masked = self.mesh.data.all_reduce([share.corruption.divisor, masked])
+        self._tell(lambda hook: hook.on_step_start(step + 1))
         scale = 1.0 / max(1.0, divisor)
         micros = share.split(self.micro_rows)
-        terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
-        norm = self.engine.reduce_and_clip(config.train.clip_norm)
-        take = torch.isfinite(norm).float()
-        lr = learning_rate(step, config.optim, config.train.steps)
-        self.engine.step(lr=lr, take=take)
-        if config.train.ema_decay:
-            self.engine.update_ema(averaging_decay(config.train.ema_decay, step), take=take)
+        with self.span("forward_backward"):
+            terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
+        with self.span("reduce"):
+            norm = self.engine.reduce_and_clip(config.train.clip_norm)
+        with self.span("optimizer"):
+            take = self.spikes.judge(norm)
+            lr = learning_rate(step, config.optim, config.train.steps)
+            self.engine.step(lr=lr, take=take)
+            if config.train.ema_decay:
+                self.engine.update_ema(averaging_decay(config.train.ema_decay, step), take=take)
         self.state.step += 1
         self.state.tokens += config.batch_rows * config.data.length
-        self.window.add(
-            flops=training_flops(
-                self.model, num_sequences=self.rows_per_rank, length=config.data.length, num_rows=masked
-            ),
-            skipped=1.0 - take,
-            latest=Latest(terms, norm, lr, scale, all_masked),
+        flops = training_flops(
+            self.model,
+            num_sequences=self.rows_per_rank,
+            length=config.data.length,
+            num_rows=share.corruption.num_masked,
         )
+        self.window.add(flops=flops, skipped=1.0 - take, latest=Latest(terms, norm, lr, scale, all_masked))
+        self._tell(lambda hook: hook.on_step_end(step + 1))
+        return take
+
+    def _answer_spike(self) -> bool:
+        """Whether the run has gone back to a checkpoint, to go on after the data of the spike.
+
+        Raises:
+            Spiked: it ends here.
+        """
+        spike, end, rollbacks = self.state.step, self.state.next_batch, self.state.rollbacks
+        if self.config.train.on_spike == "stop":
+            assert self.window.latest is not None
+            raise Spiked(f"a spike in the gradient of step {spike}, norm {float(self.window.latest.norm):.4g}")
+        self.saver.wait()
+        checkpoint = rollback_target(self.config, self.mesh.world)
+        if checkpoint is None:
+            return False
+        self._resume(checkpoint)
+        self.spikes.count_return(self.state.step)
+        self.state.passed_over.append((self.state.next_batch, end))
+        self.state.rollbacks = rollbacks + 1
+        self._tell(lambda hook: hook.on_rollback(self.state, spike=spike))
+        return True
+
+    def _resume(self, checkpoint: Path) -> None:
+        self.state = resume(checkpoint, self.engine, self.model, self.state.identity)
+        self.spikes.load(self.state)
+        self.saved = self.state.step
 
     def _log(self) -> None:
         """Waits for the device once, sums the latest losses over the ranks, and tells the hooks."""
-        self._count_skipped()
+        self._keep_books()
         window, latest = self.window, self.window.latest
         assert latest is not None
         loss, ce = self.mesh.sums.all_reduce(
@@ -193,10 +254,11 @@ class Trainer:
             tokens_per_second=window.steps * self.config.batch_rows * self.config.data.length / seconds,
             mfu=None if self.peak_flops is None else window.flops / seconds / self.peak_flops,
             latent=latent,
+            peak_memory=peak_memory(self.mesh.device),
         )
         self.window = Window()
-        for hook in self.hooks:
-            hook.on_log(record)
+        with self.span("log"):
+            self._tell(lambda hook: hook.on_log(record))
 
     def _latent_report(self, terms: Sequence[LossTerms]) -> LatentReport | None:
         sums = [t.latent_sums for t in terms if t.latent_sums is not None]
@@ -204,82 +266,37 @@ class Trainer:
             return None
         return latent_report(torch.tensor(self.mesh.sums.all_reduce(torch.stack(sums).sum(0).tolist())))
 
-    def _count_skipped(self) -> None:
-        self.state.skipped += int(self.window.skipped)
-        self.window.skipped = self.window.skipped * 0
+    def _keep_books(self) -> None:
+        """What the state says of steps that the device alone knew about; waits for it."""
+        self.state.skipped += self.window.take_skipped()
+        self.spikes.save(self.state)
 
     def _validate(self) -> None:
-        bound = validation_bound(self.engine, self.data, self.model, self.config)
-        if bound.tokens == 0:
-            return
-        for hook in self.hooks:
-            hook.on_validation(bound, self.state)
+        self.state.owes_validation = True
+        with self.span("validation"):
+            bound = validation_bound(self.engine, self.data, self.model, self.config, between=self._agree)
+        self.state.owes_validation = False
+        if bound.tokens:
+            self._tell(lambda hook: hook.on_validation(bound, self.state))
 
-    def _save(self) -> None:
-        self._count_skipped()
-        path = save_checkpoint(
-            self.config.path / CHECKPOINTS,
-            self.engine.state_dict(),
-            self.state,
-            self.model,
-            self.mesh.world,
-            save_tokenizer=self.data.tokenizer.save,
-            keep=self.config.checkpoint.keep,
-        )
+    def _save(self, kind: Kind = "permanent") -> None:
+        self._keep_books()
+        with self.span("save"):
+            self.saver.save(self.engine.state_dict(), self.state, kind)
+        self.saved = self.state.step
+
+    def _announce(self, path: Path, state: TrainState) -> None:
+        self._tell(lambda hook: hook.on_checkpoint(path, state))
+
+    def _tell(self, event: Callable[[Hook], None]) -> None:
         for hook in self.hooks:
-            hook.on_checkpoint(path, self.state)
+            event(hook)
 
     def _due(self, every: int) -> bool:
         last = self.state.step == self.config.train.steps
         return last or (every > 0 and self.state.step % every == 0)
 
 
-def validation_bound(engine: Engine, data: Data, model: ModelConfig, config: RunConfig) -> Bound:
-    """The bound on the first held-out rows, with the same noise every time, divided among the ranks."""
-    sums = BoundSums()
-    axis, length = engine.mesh.data, config.data.length
-    source = data.validation
-    wanted = min(config.validation.num_sequences, len(source)) if source is not None and config.validation.every else 0
-    indices = torch.arange(axis.rank, wanted, axis.size)
-    rows_at_once = max(1, (config.train.micro_batch_tokens or config.train.batch_tokens // axis.size) // length)
-    num_rounds = math.ceil(math.ceil(wanted / axis.size) / rows_at_once)
-    with engine.ema():
-        for index_B in torch.tensor_split(indices, num_rounds) if num_rounds else ():
-            assert source is not None
-            filled = index_B if index_B.numel() else torch.zeros(1, dtype=torch.int64)
-            batch = Batch.of({**source.gather(filled.numpy()), "index": filled})
-            corruption = corrupt_uniform_count(batch, NoiseKey(config.seed, 0, filled), model)
-            terms = engine.evaluate(Micro(batch, corruption, StepSchedule()))
-            if index_B.numel():
-                sums.add(terms.loss_B, batch.maskable_BL.sum(1))
-    return BoundSums(*engine.mesh.sums.all_reduce(sums.as_list())).estimate(model.objective)
-
-
-def run_identity(config: RunConfig, data: Data) -> dict[str, object]:
-    """What decides noise and data order besides the step; a checkpoint continues only a run that shares it."""
-    frozen = {"train.freeze": list(config.train.freeze)} if config.train.freeze else {}
-    return {
-        **frozen,
-        "seed": config.seed,
-        "train.batch_tokens": config.train.batch_tokens,
-        "data.length": config.data.length,
-        "data.rows": len(data.train),
-        "data.tokenizer": data.tokenizer.sha256(),
-    }
-
-
 def averaging_decay(decay: float, step: int) -> float:
     """Young averages forget faster: (1 + step) / (10 + step), up to the decay asked for."""
     return min(decay, (1 + step) / (10 + step))
-
-
-def _divide(config: RunConfig, size: int) -> int:
-    """Rows of the batch that each rank takes."""
-    rows = config.batch_rows
-    if rows % size:
-        legal = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise ValueError(
-            f"a batch of {rows} rows (train.batch_tokens / data.length) does not divide among {size} processes: "
-            f"use one of {legal} processes, or change train.batch_tokens"
-        )
-    return rows // size

@@ -77,10 +77,10 @@ def write_config() -> Callable[[RunConfig, Path], Path]:
 
 @pytest.fixture(scope="session")
 def trace() -> Callable[[Path], Trace]:
-    """What a run logged, by step: the later line wins, and how long it took is left out."""
+    """What a run logged, by step: the later line wins, and how long it took and in how much memory is left out."""
 
     def read(folder: Path) -> Trace:
-        timing = {"kind", "seconds", "processor_seconds", "tokens_per_second", "mfu"}
+        timing = {"kind", "seconds", "processor_seconds", "tokens_per_second", "mfu", "peak_memory"}
         lines = [r for r in read_metrics(folder / "metrics.jsonl") if r.get("kind") in ("train", "validation")]
         steps: Trace = {}
         for line in lines:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from model.config import ModelConfig
 from model.diffusion import LossTerms, MaskedDiffusion
 from model.initialisation import initialise
+from model.transformer import use_attention
 
 from ..config import OptimConfig, ParallelConfig, TrainConfig
 from ..ema import Ema
@@ -52,6 +53,7 @@ class FsdpEngine:
         self.mesh = mesh
         with torch.device("meta"):
             self.model = MaskedDiffusion(model)
+        use_attention(self.model, train.attention, mesh.device)
         freeze(self.model, train.freeze)
         self.autocast = train.precision == "bf16" and mesh.devices is None
         divide_positions(self.model, mesh.context)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from model.config import ModelConfig, TransformerConfig
 from model.diffusion import LossTerms, MaskedDiffusion
 from model.initialisation import initialise
+from model.transformer import use_attention
 
 from ..config import OptimConfig, TrainConfig
 from ..ema import Ema
@@ -46,6 +47,7 @@ class MegatronEngine:
         self.tensor_group, self.data_group = start_groups(mesh)
         with torch.device("meta"):
             self.model = MaskedDiffusion(model)
+        use_attention(self.model, train.attention, mesh.device)
         freeze(self.model, train.freeze)
         self.wholes = {name: p.detach() for name, p in self.model.named_parameters()}
         self.num_parameters = sum(p.numel() for p in self.wholes.values())
@@ -68,8 +70,6 @@ class MegatronEngine:
         with self._precision():
             terms = self._forward(micro)
         (terms.loss * scale).backward()
-        if last and self.mesh.data.size > 1:
-            add_up([p.grad for p in self.parameters.values() if p.grad is not None], self.data_group)
         return replace(terms, loss=terms.loss.detach())
 
     @torch.no_grad()
@@ -81,12 +81,14 @@ class MegatronEngine:
 
     @torch.no_grad()
     def reduce_and_clip(self, max_norm: float) -> Tensor:
-        """See Engine; the sums are there since the last backward pass.
+        """See Engine.
 
         Every process adds its part of what is divided and its share of what is not, and gets the same bits back, so
         that all take the step or none does.
         """
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        if self.mesh.data.size > 1:
+            add_up(list(gradients.values()), self.data_group)
         divided = [g for name, g in gradients.items() if isinstance(self.placements[name], Shard)]
         whole = [g for name, g in gradients.items() if not isinstance(self.placements[name], Shard)]
         square = self._square(divided) + self._square(whole) / self.mesh.tensor.size

@@ -1,8 +1,6 @@
 """metrics.jsonl: one JSON object a line, always written; a later line for the same step replaces an earlier one."""
 
-import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ from model.bounds import Bound
 
 from ..state import TrainState
 from ..writable import check_writable
+from . import json_lines
 from .base import Hook, StepRecord
 
 
@@ -31,14 +30,12 @@ class MetricsFile(Hook):
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """The start or resume event."""
-        self._end_half_line()
-        event = "resume" if resumed else "start"
-        self._write("event", step=state.step, event=event, time=_now(), **self.about)
+        json_lines.end_half_line(self.path)
+        self._event("resume" if resumed else "start", state.step, **self.about)
 
     def on_log(self, record: StepRecord) -> None:
         """A train line."""
-        latent = {} if record.latent is None else asdict(record.latent)
-        self._write("train", **{k: v for k, v in asdict(record).items() if k != "latent"}, **latent)
+        self._write("train", **record.numbers())
 
     def on_validation(self, bound: Bound, state: TrainState) -> None:
         """A validation line."""
@@ -47,25 +44,27 @@ class MetricsFile(Hook):
 
     def on_checkpoint(self, path: Path, state: TrainState) -> None:
         """A checkpoint event."""
-        self._write("event", step=state.step, event="checkpoint", time=_now(), path=path.name)
+        self._event("checkpoint", state.step, path=path.name)
+
+    def on_rollback(self, state: TrainState, *, spike: int) -> None:
+        """A rollback event: the lines past its step are void."""
+        self._event("rollback", state.step, spike=spike, passed_over=state.passed_over[-1])
 
     def on_finish(self, state: TrainState) -> None:
         """The finish event."""
-        self._write("event", step=state.step, event="finish", time=_now())
+        self._event("finish", state.step)
+
+    def on_stop(self, state: TrainState, reason: str) -> None:
+        """A stop event."""
+        self._event("stop", state.step, reason=reason)
+
+    def _event(self, event: str, step: int, **values: Any) -> None:
+        self._write("event", step=step, event=event, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values)
 
     def _write(self, kind: str, **values: Any) -> None:
         clocks = {"seconds": time.monotonic() - self.started, "processor_seconds": time.process_time() - self.worked}
-        line = json.dumps({"kind": kind, **values, **{name: round(value, 3) for name, value in clocks.items()}})
-        with self.path.open("a") as file:
-            file.write(line + "\n")
-
-    def _end_half_line(self) -> None:
-        """A killed process may have left a line without its end."""
-        if self.path.exists() and self.path.stat().st_size:
-            with self.path.open("rb+") as file:
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+        rounded = {name: round(value, 3) for name, value in clocks.items()}
+        json_lines.append(self.path, {"kind": kind, **values, **rounded})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -76,16 +75,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: train the run first with `penumbra train`")
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return json_lines.read(path)

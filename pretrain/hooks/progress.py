@@ -63,6 +63,17 @@ class ProgressLine(Hook):
         if state.step == self.total:
             self._line(f"{self.name}: checkpoint {path}")
 
+    def on_rollback(self, state: TrainState, *, spike: int) -> None:
+        """Says that the run goes back."""
+        first, end = state.passed_over[-1]
+        self._line(
+            f"{self.name}: a spike in step {spike}, back to step {state.step} without batches {first} to {end - 1}"
+        )
+
+    def on_stop(self, state: TrainState, reason: str) -> None:
+        """Says where it stopped."""
+        self._line(f"{self.name}: stopped at step {state.step} of {self.total} ({reason})")
+
     def _line(self, text: str) -> None:
         print(f"\r\x1b[2K{text}" if self.live else text, flush=True)
 

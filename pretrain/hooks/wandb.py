@@ -40,9 +40,7 @@ class WandbRun(Hook):
 
     def on_log(self, record: StepRecord) -> None:
         """Train metrics."""
-        latent = {} if record.latent is None else asdict(record.latent)
-        flat = {**asdict(record), **latent}
-        values = {f"train/{k}": v for k, v in flat.items() if k not in ("step", "latent") and v is not None}
+        values = {f"train/{k}": v for k, v in record.numbers().items() if k != "step" and v is not None}
         self.run.log(values, step=record.step)
 
     def on_validation(self, bound: Bound, state: TrainState) -> None:
@@ -51,6 +49,10 @@ class WandbRun(Hook):
         self.run.log(values, step=state.step)
 
     def on_finish(self, state: TrainState) -> None:
+        """Closes the run."""
+        self.run.finish()
+
+    def on_stop(self, state: TrainState, reason: str) -> None:
         """Closes the run."""
         self.run.finish()
 

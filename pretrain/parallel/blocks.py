@@ -25,7 +25,10 @@ def divide_positions(model: nn.Module, context: Axis) -> None:
     if context.group is None or context.size == 1:
         return
     part = SequencePart(context.group, context.rank, context.size)
-    whole = {id(module.trunk) for module in model.modules() if isinstance(module, EarlierBlocksPrior)}
-    for module in model.modules():
-        if isinstance(module, Transformer) and id(module) not in whole:
-            module.part = part
+    whole = {module.trunk for module in model.modules() if isinstance(module, EarlierBlocksPrior)}
+    for trunk in model.modules():
+        if isinstance(trunk, Transformer) and trunk not in whole:
+            trunk.part = part
+            for block in trunk.blocks:
+                assert isinstance(block, Block)
+                block.part = part

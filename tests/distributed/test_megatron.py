@@ -1,6 +1,7 @@
 """Megatron on one and two processes computes what FSDP does alone, and reads and writes its checkpoints."""
 
 import os
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -274,3 +275,37 @@ def test_one_process_computes_what_fsdp_does() -> None:
 def test_two_processes_compute_what_fsdp_does_alone(tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.spawn(run_pair, args=(str(tmp_path / "rendezvous"), tmp_path / "checkpoints"), nprocs=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("parallel.replicate=2", "parallel.replicate=1"),
+        ("parallel.context=2", "parallel.context=1"),
+        ("parallel.offload=true", "parallel.offload=false"),
+        ("train.compile=true", "train.compile=false"),
+    ],
+)
+def test_what_megatron_has_not_is_refused(override: str, fix: str) -> None:
+    tree = {"name": "refused", "data": {"kind": "shards", "path": ""}}
+    assert validate(tree, [override]).engine == "fsdp"
+    with pytest.raises(ValueError, match=f"does not go with engine=megatron: set {fix}, or engine=fsdp"):
+        validate(tree, [override, "engine=megatron"])
+
+
+def test_without_the_package_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    monkeypatch.delitem(sys.modules, "pretrain.engines.megatron", raising=False)
+    for name in [name for name in sys.modules if "pretrain.parallel.megatron_" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    config = validate({"name": "missing", "engine": "megatron", "data": {"kind": "shards", "path": ""}})
+    with pytest.raises(ValueError, match=r"pip install penumbra-diffusion\[megatron\], or engine=fsdp"):
+        make_engine(config, MDLM, single_process())
+
+
+def test_a_process_without_tokens_is_refused() -> None:
+    from pretrain.parallel.megatron_layers import refuse_empty_parts
+
+    refuse_empty_parts(replace(MDLM, vocab_size=5, mask_id=4), 3)
+    with pytest.raises(ValueError, match=r"parallel\.tensor=4 leaves a process without .* use one of \[1, 2, 3, 5\]"):
+        refuse_empty_parts(replace(MDLM, vocab_size=5, mask_id=4), 4)

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("recorded_training.py")
 Trace = dict[int, dict[str, Any]]
 STEPS = 12
+COMPARED = ("train.loss", "train.ce", "train.grad_norm", "train.kl", "validation.nll_discrete")
+"""The last one at every fourth step."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,10 @@ def test_every_leg_goes_on_as_if_nothing_had_happened(journey: Journey) -> None:
         found = journey.trace(name)
         assert sorted(found) == list(range(leg.step + 1, STEPS + 1)), name
         for step, line in found.items():
-            for key in ("train.loss", "train.ce", "train.grad_norm", "train.kl", "validation.nll_discrete"):
-                assert line.get(key) == pytest.approx(whole[step].get(key), rel=2e-5), f"{name}: {key} at step {step}"
+            compared = [k for k in whole[step] if k in COMPARED]
+            assert len(compared) == len(COMPARED) - (step % 4 > 0)
+            for key in compared:
+                assert line[key] == pytest.approx(whole[step][key], rel=2e-5), f"{name}: {key} at step {step}"
         assert journey.noise(name) == {i: row for i, row in masks.items() if int(i) >= leg.step * rows}, name
 
 

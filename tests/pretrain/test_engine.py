@@ -268,3 +268,10 @@ def test_offloading_alone_is_refused() -> None:
     model = ModelConfig(backbone=TransformerConfig(dim=8, num_layers=1, num_heads=1), vocab_size=4, mask_id=3)
     with pytest.raises(ValueError, match=r"parallel\.offload=true shards over processes"):
         FsdpEngine(model, OPTIM, TrainConfig(), ParallelConfig(offload=True), single_process(), seed=0)
+
+
+def test_the_attention_backend_reaches_the_model_and_is_refused_where_it_can_not_train() -> None:
+    for name in ("auto", "sdpa"):
+        assert make_engine(attention=name).model.denoiser.attention_backend == name
+    with pytest.raises(ValueError, match=r"flex trains on cuda only, not on cpu: set train\.attention=sdpa"):
+        make_engine(attention="flex")
