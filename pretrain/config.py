@@ -291,8 +291,8 @@ class RunConfig(Settings):
     """How it is optimised."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
-    engine: Literal["fsdp"] = "fsdp"
-    """What shards, reduces and steps: FSDP2."""
+    engine: Literal["fsdp", "megatron"] = "fsdp"
+    """What shards, reduces and steps: FSDP2, or Megatron-core's tensor parallel with data parallel around it."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes divide the work."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -322,6 +322,8 @@ class RunConfig(Settings):
             yield from self.data.problems()
         yield from self.parallel.problems()
         yield from self.checkpoint.problems()
+        if self.engine == "megatron":
+            yield from self._megatron_problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -364,6 +366,17 @@ class RunConfig(Settings):
         ):
             if not value >= least:
                 yield f"{name}={value} must be at least {least}"
+
+    def _megatron_problems(self) -> Iterator[str]:
+        parallel = self.parallel
+        for key, value, legal in (
+            ("parallel.replicate", parallel.replicate, "1"),
+            ("parallel.context", parallel.context, "1"),
+            ("parallel.offload", parallel.offload, "false"),
+            ("train.compile", self.train.compile, "false"),
+        ):
+            if str(value).lower() != legal:
+                yield f"{key}={value} does not go with engine=megatron: set {key}={legal}, or engine=fsdp"
 
     def _freeze_problems(self) -> Iterator[str]:
         for pattern in self.train.freeze:
