@@ -198,8 +198,10 @@ class ParallelConfig(Settings):
     """Processes that divide every matrix among them (tensor parallel)."""
     context: int = 1
     """Processes that divide the positions of a row among them (context parallel)."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """With engine=deepspeed, what processes shard: optimizer state (1), gradients too (2), weights too (3)."""
     offload: bool = False
-    """Keep weights and optimizer state in host memory."""
+    """Keep optimizer state and float32 weights in host memory; with fsdp, where there are no others, all weights."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, one sentence each."""
@@ -258,8 +260,8 @@ class RunConfig(Settings):
     """How it is optimised."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
-    engine: Literal["fsdp"] = "fsdp"
-    """What shards, reduces and steps: FSDP2."""
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """What shards, reduces and steps: FSDP2, or DeepSpeed's ZeRO."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes divide the work."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -288,6 +290,7 @@ class RunConfig(Settings):
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
         yield from self.parallel.problems()
+        yield from self._engine_problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -325,6 +328,21 @@ class RunConfig(Settings):
         ):
             if not value >= least:
                 yield f"{name}={value} must be at least {least}"
+
+    def _engine_problems(self) -> Iterator[str]:
+        parallel = self.parallel
+        if self.engine == "deepspeed":
+            for name in ("replicate", "tensor", "context"):
+                if getattr(parallel, name) > 1:
+                    yield (
+                        f"parallel.{name}={getattr(parallel, name)} must be 1 with engine=deepspeed, which shards over "
+                        "all processes: set it to 1, or engine=fsdp"
+                    )
+        elif parallel.zero_stage != 3:
+            yield (
+                f"parallel.zero_stage={parallel.zero_stage} is for engine=deepspeed: leave it at 3, or set "
+                "engine=deepspeed"
+            )
 
     def _freeze_problems(self) -> Iterator[str]:
         for pattern in self.train.freeze:

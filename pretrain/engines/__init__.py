@@ -9,6 +9,11 @@ from .base import Engine
 
 def make_engine(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Engine:
     """The engine that a run asks for, with its model built and initialised."""
+    settings = (model, config.optim, config.train, config.parallel, mesh)
+    if config.engine == "deepspeed":
+        from .deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(*settings, seed=config.seed)
     from .fsdp import FsdpEngine
 
-    return FsdpEngine(model, config.optim, config.train, config.parallel, mesh, seed=config.seed)
+    return FsdpEngine(*settings, seed=config.seed)
