@@ -290,7 +290,7 @@ class RunConfig(Settings):
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
         yield from self.parallel.problems()
-        yield from self._engine_problems()
+        yield from self._deepspeed_problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -329,7 +329,7 @@ class RunConfig(Settings):
             if not value >= least:
                 yield f"{name}={value} must be at least {least}"
 
-    def _engine_problems(self) -> Iterator[str]:
+    def _deepspeed_problems(self) -> Iterator[str]:
         parallel = self.parallel
         if self.engine == "deepspeed":
             for name in ("replicate", "tensor", "context"):

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,8 @@ class DeepSpeedEngine:
         seed: int,
     ) -> None:
         deepspeed = import_deepspeed(mesh.device)
-        self.mesh, self.stage = mesh, parallel.zero_stage
+        self.mesh = mesh
+        self.products = _gathered_products if parallel.zero_stage == 3 and train.recompute == "none" else nullcontext
         with torch.device("meta"):
             whole = MaskedDiffusion(model)
         freeze(whole, train.freeze)
@@ -70,13 +70,14 @@ class DeepSpeedEngine:
         settings = zero_settings(train, parallel, mesh)
         materialise(whole, settings, mesh.device, deepspeed)
         self.parameters = dict(whole.named_parameters())
+        self.names = {parameter: name for name, parameter in self.parameters.items()}
         self.num_parameters = sum(shape.numel() for shape in shapes.values())
         trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         matrices, vectors = (
             [p for name, p in trained.items() if (len(shapes[name]) >= 2) == wanted] for wanted in (True, False)
         )
         self.engine = initialise_quietly(Entry(whole), adamw(matrices, vectors, optim), settings, deepspeed)
-        if self.stage == 3:
+        if parallel.zero_stage == 3:
             for name, parameter in self.parameters.items():
                 if re.fullmatch(USED_ELSEWHERE, name):
                     deepspeed.zero.register_external_parameter(self.engine.module, parameter)
@@ -84,16 +85,16 @@ class DeepSpeedEngine:
         self.named = NamedState(mesh, shapes, {name: self.zero.fragment(p) for name, p in trained.items()})
         self.frozen = {name: self.named.blank(name) for name in self.parameters if name not in trained}
         allocate_state(self.engine.optimizer.optimizer, self.zero.masters)
-        initialise(whole, seed, num_layers=model.backbone.num_layers, opened=partial(_opened, self))
+        initialise(whole, seed, num_layers=model.backbone.num_layers, opened=self._opened)
         self.zero.refresh()
         masters = {str(n): master for n, master in enumerate(self.zero.masters)}
-        self.average = Ema(masters) if train.ema_decay else None  # type: ignore[arg-type]
+        self.average = Ema(masters) if train.ema_decay else None
 
     def forward_backward(self, micro: Micro, *, scale: float, last: bool) -> LossTerms:
         """See Engine."""
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(last)
-        with self._products():
+        with self.products():
             loss, terms = self._forward(micro)
             self.engine.backward(loss * (scale * self.mesh.data.size), scale_wrt_gas=False)
         return terms
@@ -102,14 +103,14 @@ class DeepSpeedEngine:
     def evaluate(self, micro: Micro) -> LossTerms:
         """See Engine."""
         self.engine.eval()
-        with self._products():
+        with self.products():
             return self._forward(micro)[1]
 
     @torch.no_grad()
     def reduce_and_clip(self, max_norm: float) -> Tensor:
         """See Engine; gradients are reduced since the backward pass, and are clipped in the step."""
         self.engine.optimizer.clip_grad = max_norm
-        return self.zero.norm()
+        return self.zero.norm().to(self.mesh.device)
 
     def step(self, *, lr: float, take: Tensor) -> None:
         """See Engine; waits for the device, as DeepSpeed does when it clips."""
@@ -131,22 +132,21 @@ class DeepSpeedEngine:
         if self.average is None:
             yield
             return
-        with self.average.swapped():
+        try:
+            with self.average.swapped():
+                self.zero.refresh()
+                yield
+        finally:
             self.zero.refresh()
-            yield
-        self.zero.refresh()
 
     @torch.no_grad()
     def state_dict(self) -> Tensors:
         """See Engine; copies, which load_state_dict takes back."""
         tensors: Tensors = {}
         for group, flats in self._flats().items():
-            frozen = self.frozen if group in ("model", "ema") else {}
-            tensors[group] = {
-                name: frozen[name] if name in self.frozen else self.named.read(flats, name)
-                for name in self.parameters
-                if name in frozen or name in self.named.fragments
-            }
+            tensors[group] = {name: self.named.read(flats, name) for name in self.named.fragments}
+            if group not in MOMENTS:
+                tensors[group] |= self.frozen
         return tensors
 
     @torch.no_grad()
@@ -169,6 +169,17 @@ class DeepSpeedEngine:
             flats["ema"] = list(self.average.shadow.values())
         return flats
 
+    @contextmanager
+    def _opened(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """A named tensor, to be filled in the parameter's stead: masters get it unrounded."""
+        name = self.names[parameter]
+        weight = self.named.blank(name)
+        yield weight
+        if name in self.frozen:
+            self._set_frozen(name, weight)
+        else:
+            self.named.write(self.zero.masters, name, weight)
+
     def _set_frozen(self, name: str, value: Tensor) -> None:
         self.frozen[name].copy_(value)
         self.zero.set_frozen(self.parameters[name], whole_of(value))
@@ -178,27 +189,13 @@ class DeepSpeedEngine:
         found: tuple[Tensor, LossTerms] = self.engine(micro.batch, micro.corruption, micro.step)
         return found
 
-    def _products(self) -> AbstractContextManager[None]:
-        return _gathered_products() if self.stage == 3 else nullcontext()
-
-
-@contextmanager
-def _opened(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A named tensor, to be filled in the parameter's stead: masters get it unrounded."""
-    name = next(name for name, p in engine.parameters.items() if p is parameter)
-    weight = engine.named.blank(name)
-    yield weight
-    if name in engine.frozen:
-        engine._set_frozen(name, weight)
-    else:
-        engine.named.write(engine.zero.masters, name, weight)
-
 
 @contextmanager
 def _gathered_products() -> Iterator[None]:
     """Within it a linear layer's graph holds on to the parameter itself, not to what is gathered of it for now.
 
-    DeepSpeed makes this replacement for good and everywhere; here it lasts as long as its own model computes.
+    DeepSpeed makes this replacement for good and everywhere; here it lasts as long as its own model computes. Blocks
+    that are recomputed need none, and must not have it: it adds the bias to a product that may have been kept.
     """
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 

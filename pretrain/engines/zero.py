@@ -159,7 +159,7 @@ class WeightPartitions:
 
     def set_frozen(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """See Partitions."""
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(whole)

@@ -28,7 +28,6 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
     except ImportError:
@@ -38,6 +37,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     import deepspeed.comm
     from deepspeed.utils import groups
 
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for CPUs only
