@@ -11,13 +11,18 @@ def make_engine(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Engine:
     """The engine that a run asks for, with its model built and initialised.
 
     Raises:
-        ValueError: the engine's package is not installed.
+        ValueError: the engine's package is not installed, or it can not do what is asked.
     """
     if config.engine == "megatron":
         return _megatron(config, model, mesh)
+    settings = (model, config.optim, config.train, config.parallel, mesh)
+    if config.engine == "deepspeed":
+        from .deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(*settings, seed=config.seed)
     from .fsdp import FsdpEngine
 
-    return FsdpEngine(model, config.optim, config.train, config.parallel, mesh, seed=config.seed)
+    return FsdpEngine(*settings, seed=config.seed)
 
 
 def _megatron(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Engine:
