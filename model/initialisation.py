@@ -5,7 +5,8 @@ Rules are a table from name to distribution, read top to bottom.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .noise import normal_at, stream_key
 
 HEAD_DEVIATION = 0.02
 CHUNK = 1 << 22
+Opened = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 
 RULES: tuple[tuple[str, str], ...] = (
     (r"projection\.weight$", "first_half"),  # a concatenation starts as its first part
@@ -32,7 +34,7 @@ RULES: tuple[tuple[str, str], ...] = (
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
+def initialise(model: nn.Module, seed: int, *, num_layers: int, opened: Opened = nullcontext) -> None:
     """Fills every parameter of `model` (plain or sharded as DTensors) in place.
 
     Matrices keep the variance of what they multiply (1 / fan-in), those that write into the residual stream share it
@@ -41,25 +43,32 @@ def initialise(model: nn.Module, seed: int, *, num_layers: int) -> None:
 
     Args:
         num_layers: number of blocks, each of which writes into the residual stream twice.
+        opened: a context with the tensor to fill in a parameter's stead, for who keeps the weights elsewhere.
     """
     tied = not any(name.endswith("head.weight") for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         rule = next(kind for pattern, kind in RULES if re.search(pattern, name))
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if rule in ("ones", "zeros"):
-            local.fill_(1.0 if rule == "ones" else 0.0)
-        elif rule == "first_half":
-            _fill_identity(local, parameter)
-        else:
-            spread = 1.0 / math.sqrt(parameter.shape[1])
-            scale = {
-                "normal": spread,
-                "residual": spread / math.sqrt(2 * num_layers),
-                "embedding": HEAD_DEVIATION if tied else 1.0,
-                "head": HEAD_DEVIATION,
-                "unit": 1.0,
-            }[rule]
-            _fill_normal(local, parameter, stream_key(seed, f"initial/{name}"), scale)
+        with opened(parameter) as weight:
+            _fill(weight, rule, stream_key(seed, f"initial/{name}"), tied=tied, num_layers=num_layers)
+
+
+def _fill(weight: Tensor, rule: str, key: int, *, tied: bool, num_layers: int) -> None:
+    """Draws a weight by its rule."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    if rule in ("ones", "zeros"):
+        local.fill_(1.0 if rule == "ones" else 0.0)
+    elif rule == "first_half":
+        _fill_identity(local, weight)
+    else:
+        spread = 1.0 / math.sqrt(weight.shape[1])
+        scale = {
+            "normal": spread,
+            "residual": spread / math.sqrt(2 * num_layers),
+            "embedding": HEAD_DEVIATION if tied else 1.0,
+            "head": HEAD_DEVIATION,
+            "unit": 1.0,
+        }[rule]
+        _fill_normal(local, weight, key, scale)
 
 
 def _offset(parameter: Tensor) -> Sequence[int]:

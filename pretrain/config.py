@@ -208,8 +208,10 @@ class ParallelConfig(Settings):
     """Processes that divide every matrix among them (tensor parallel)."""
     context: int = 1
     """Processes that divide the positions of a row among them (context parallel)."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """With engine=deepspeed, what processes shard: optimizer state (1), gradients too (2), weights too (3)."""
     offload: bool = False
-    """Keep weights and optimizer state in host memory."""
+    """Keep optimizer state and float32 weights in host memory; with fsdp, where there are no others, all weights."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, one sentence each."""
@@ -291,8 +293,8 @@ class RunConfig(Settings):
     """How it is optimised."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
-    engine: Literal["fsdp"] = "fsdp"
-    """What shards, reduces and steps: FSDP2."""
+    engine: Literal["fsdp", "deepspeed", "megatron"] = "fsdp"
+    """FSDP2; DeepSpeed's ZeRO; or Megatron-core's tensor parallel layers, with data parallel around them."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several processes divide the work."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -322,6 +324,7 @@ class RunConfig(Settings):
             yield from self.data.problems()
         yield from self.parallel.problems()
         yield from self.checkpoint.problems()
+        yield from self._engine_problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -364,6 +367,20 @@ class RunConfig(Settings):
         ):
             if not value >= least:
                 yield f"{name}={value} must be at least {least}"
+
+    def _engine_problems(self) -> Iterator[str]:
+        """What the engine does not do."""
+        legal: dict[str, Any] = {"parallel.zero_stage": 3}
+        if self.engine == "deepspeed":
+            legal = {"parallel.replicate": 1, "parallel.tensor": 1, "parallel.context": 1}
+        elif self.engine == "megatron":
+            legal |= {"parallel.replicate": 1, "parallel.context": 1, "parallel.offload": False, "train.compile": False}
+        for key, wanted in legal.items():
+            group, name = key.split(".")
+            if (value := getattr(getattr(self, group), name)) != wanted:
+                other = "deepspeed" if name == "zero_stage" else "fsdp"
+                said, right = str(value).lower(), str(wanted).lower()
+                yield f"{key}={said} does not go with engine={self.engine}: set {key}={right}, or engine={other}"
 
     def _freeze_problems(self) -> Iterator[str]:
         for pattern in self.train.freeze:

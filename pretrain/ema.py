@@ -4,17 +4,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Ema:
     """A float32 shadow of every parameter.
 
     Args:
-        parameters: the weights that are averaged, by name.
+        parameters: the weights that are averaged (parameters, or the masters behind them), by name.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = list(parameters.values())
         self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
 

@@ -28,7 +28,7 @@ def validation_bound(
     axis, length = engine.mesh.data, config.data.length
     source = data.validation
     wanted = min(config.validation.num_sequences, len(source)) if source is not None and config.validation.every else 0
-    indices = torch.arange(axis.rank, wanted, axis.size)
+    indices = torch.arange(wanted)[axis.rank :: axis.size]
     rows_at_once = max(1, (config.train.micro_batch_tokens or config.train.batch_tokens // axis.size) // length)
     num_rounds = math.ceil(math.ceil(wanted / axis.size) / rows_at_once)
     with engine.ema():

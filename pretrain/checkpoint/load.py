@@ -96,6 +96,7 @@ def initialise_from(run: Path, engine: Engine, tokenizer: Tokenizer) -> str:
         dcp.load({group: common}, checkpoint_id=checkpoint / "tensors", no_dist=engine.mesh.world.size == 1)
     for name, average in tensors.get("ema", {}).items():
         average.copy_(tensors["model"][name])
+    engine.load_state_dict(tensors, num_updates=0)
     new, unused = len(tensors["model"]) - len(common), len(there) - len(common)
     return f"init_from {checkpoint}: {len(common)} parameters taken over, {new} new here, {unused} not used"
 

@@ -80,8 +80,7 @@ def save_checkpoint(
         refusal = _refusal(error)
         if refusal is None:
             raise
-        if world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        on_first_rank(world, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise NotSaved(f"the checkpoint of step {state.step} can not be written to {folder} ({refusal})") from error
     return final
 

@@ -119,6 +119,7 @@ class Saver:
         """
         self._settle()
         if self.lost is not None:
+            self.world.barrier()
             raise ValueError(
                 f"{self.lost}: make room there and start the run again, it goes on from its newest checkpoint"
             )
@@ -149,7 +150,8 @@ class Saver:
         self.executor.shutdown()
         if self.stager is not None:
             self.stager.close()
-        if self.axis.group is not self.world.group:
+        if error is None and self.axis.group is not self.world.group:
+            self.world.barrier()  # a rank that leaves early breaks the others' last collective
             dist.destroy_process_group(self.axis.group)
 
 

@@ -46,11 +46,11 @@ class StopRequest:
             self.ask("time limit")
         return [float(reason in self.asked) for reason in REASONS]
 
-    @staticmethod
-    def decide(votes: Sequence[float]) -> None:
+    def decide(self, votes: Sequence[float]) -> None:
         """Raises Stopped where any rank has voted for it."""
         for reason, count in zip(REASONS, votes, strict=True):
             if count:
+                self.ask(reason)
                 raise Stopped(reason)
 
 
@@ -65,13 +65,14 @@ def stop_signals(request: StopRequest) -> Iterator[None]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name, known = signal.Signals(number).name, bool(request.asked)
         request.ask(name)
         again = ""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             again = "; once more ends it at once"
-        os.write(2, f"\npenumbra: {name}: saving after this step{again}\n".encode())  # print is not reentrant
+        if again or not known:
+            os.write(2, f"\npenumbra: {name}: saving after this step{again}\n".encode())  # print is not reentrant
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

@@ -80,7 +80,7 @@ def single_process(device: torch.device | None = None) -> Mesh:
 
 @contextmanager
 def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, str] = os.environ) -> Iterator[Mesh]:
-    """The mesh of torchrun's processes, from its variables; torn down at the end.
+    """The mesh of torchrun's processes, from its variables; torn down at the end, with what an engine has set up.
 
     Raises:
         ValueError: the processes can not be divided as asked.
@@ -89,7 +89,8 @@ def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, s
     shape = mesh_shape(parallel or ParallelConfig(), size)
     device = _device(environ)
     if size == 1:
-        yield single_process(device)
+        with _without_new_groups():
+            yield single_process(device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
@@ -97,6 +98,17 @@ def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, s
         yield build_mesh(device, shape)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _without_new_groups() -> Iterator[None]:
+    """Takes down the process group of one that some engines need even in a process that is alone."""
+    before = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not before:
+            dist.destroy_process_group()
 
 
 def build_mesh(device: torch.device, shape: tuple[int, int, int, int]) -> Mesh:

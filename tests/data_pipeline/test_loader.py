@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -130,3 +131,34 @@ def test_workers_die_with_a_killed_parent() -> None:
     parent.stdout.close()
     while any(map(alive, workers)):  # the test's own time limit ends this if they stay
         time.sleep(0.1)
+
+
+def test_workers_leave_signals_to_the_loop() -> None:
+    """What asks every process of a run to stop reaches them too, perhaps twice; the batches still come."""
+    loader = Loader(
+        Squares(),
+        Order(31, seed=5),
+        global_batch=GLOBAL_BATCH,
+        rank=0,
+        size=1,
+        first_step=0,
+        num_steps=NUM_STEPS,
+        num_workers=1,
+        transform=table,
+    )
+    found = iter(loader)
+    first = next(found)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert torch.equal(torch.cat([first, *found])[:, :3], torch.cat(batches())[:, :3])
+    again = iter(loader)
+    next(again)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(2.5)
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(60)
+    assert worker.exitcode == 0

@@ -179,6 +179,15 @@ def test_a_frozen_projection_that_passes_no_hint_is_refused() -> None:
     assert validate(SMALL, ["model.augmentation.fusion=add", concat[1]]).train.freeze
 
 
+def test_axes_that_deepspeed_does_not_know_are_refused() -> None:
+    text = problem("engine=deepspeed", "parallel.tensor=2", "parallel.context=4", "parallel.replicate=2")
+    assert len(text.splitlines()) == 4
+    for name, value in (("tensor", 2), ("context", 4), ("replicate", 2)):
+        assert f"parallel.{name}={value} does not go with engine=deepspeed: set parallel.{name}=1, or" in text
+    assert "set parallel.zero_stage=3, or engine=deepspeed" in problem("parallel.zero_stage=1")
+    assert validate(SMALL, ["engine=deepspeed", "parallel.zero_stage=1", "parallel.offload=true"]).engine == "deepspeed"
+
+
 def test_settings_are_frozen() -> None:
     config = validate(SMALL)
     for settings in (config, config.data, config.model, config.model.backbone, config.optim, config.train):

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 
 from pretrain.checkpoint.load import load_for_evaluation
 from pretrain.config import RunConfig
+from pretrain.data import open_data
 from pretrain.endings import Ending
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.hooks.metrics import read_metrics
 from pretrain.hooks.signals import REASONS, SIGNALS, Stopped, StopRequest, stop_signals
+from pretrain.parallel.mesh import Axis, single_process
 from pretrain.train import train
+from pretrain.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 Trace = dict[int, dict[str, Any]]
@@ -131,10 +135,31 @@ def test_the_time_limit_counts_from_the_beginning() -> None:
 
 def test_one_rank_stops_all() -> None:
     deaf, asked = StopRequest(), StopRequest()
-    StopRequest.decide(deaf.votes())
+    deaf.decide(deaf.votes())
     asked.ask("SIGUSR2")
     with pytest.raises(Stopped, match="SIGUSR2"):
-        StopRequest.decide([a + b for a, b in zip(deaf.votes(), asked.votes())])
+        deaf.decide([a + b for a, b in zip(deaf.votes(), asked.votes())])
+
+
+class Alike(Axis):
+    """Ranks that all say the same."""
+
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
+        return [self.size * value for value in values]
+
+
+def test_ranks_that_share_rows_count_them_once(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Four ranks, two of which have rows of their own: 3 and 5 on each of those."""
+    config = make_config(tmp_path / "run")
+    data = open_data(config.data, Axis())
+    model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
+    engine = FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=0)
+    engine.mesh = replace(single_process(), world=Alike(0, 4), data=Axis(0, 2))
+    trainer = Trainer(config, model, engine, data, hooks=[])
+    assert trainer._agree([3.0, 5.0]) == [6.0, 10.0]
+    trainer.stop.ask("SIGINT")
+    with pytest.raises(Stopped, match="SIGINT"):
+        trainer._agree()
 
 
 def test_the_second_interrupt_ends_it_at_once(capfd: pytest.CaptureFixture[str]) -> None:

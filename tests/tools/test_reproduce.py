@@ -28,6 +28,7 @@ from model.diffusion import MaskedDiffusion
 from model.initialisation import initialise
 from pretrain.checkpoint.load import CHECKPOINTS, newest_good
 from pretrain.config import dump_config
+from pretrain.endings import Ending
 from pretrain.hooks.metrics import read_metrics
 from pretrain.recipes import build
 from pretrain.train import train
@@ -153,7 +154,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
 
 
 def test_ctrl_c_ends_the_processes_and_leaves_only_the_runs(history: History) -> None:
-    assert [process.poll() for process in history.cut_off] == [-signal.SIGTERM]
+    assert [process.poll() for process in history.cut_off] == [Ending.SAVED]
     assert history.left_behind == ["runs"]
 
 

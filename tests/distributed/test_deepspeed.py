@@ -1,0 +1,293 @@
+"""DeepSpeed's ZeRO trains as a single process does: losses, gradient norms, skipped steps, averages, checkpoints."""
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from model.batch import Batch
+from model.config import AugmentationConfig, LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
+from model.corruption import corrupt
+from model.diffusion import StepSchedule
+from model.noise import NoiseKey
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.engines import zero_setup
+from pretrain.engines.base import Engine, Micro
+from pretrain.engines.deepspeed import DeepSpeedEngine
+from pretrain.engines.fsdp import FsdpEngine
+from pretrain.parallel.mesh import Mesh, build_mesh, single_process
+
+ROWS, LENGTH, VOCAB, STEPS, HALF = 16, 16, 21, 20, 10
+SKIPPED, BROKEN = 7, 12
+"""Steps whose update is skipped: one that could have been taken, and one whose gradient is not a number."""
+
+MDLM = ModelConfig(
+    backbone=TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, dropout=0.1),
+    vocab_size=VOCAB,
+    mask_id=VOCAB - 1,
+)
+VADD = replace(
+    MDLM,
+    backbone=replace(MDLM.backbone, condition_dim=8, max_positions=LENGTH),
+    latent=LatentConfig(dim=3, recognition=RecognitionConfig(num_layers=1, pool="gated")),
+)
+SYSTEMS = {
+    "mdlm": MDLM,
+    "vadd": VADD,
+    "block_vmd": replace(VADD, block_size=4),
+    "cadd": replace(MDLM, augmentation=AugmentationConfig(fusion="concat", gated=True, mse_weight=0.1)),
+    "untied": replace(MDLM, backbone=replace(MDLM.backbone, tie_embeddings=False, ffn="swiglu", norm="rmsnorm")),
+    "prior": replace(
+        VADD,
+        block_size=4,
+        latent=LatentConfig(dim=3, prior="earlier_blocks", recognition=RecognitionConfig(num_layers=1, marks="added")),
+    ),
+}
+MOVING = "vadd"
+PAPERS = ("mdlm", "vadd", "block_vmd", "cadd")
+TRAIN = TrainConfig(ema_decay=0.8)
+BF16 = replace(TRAIN, precision="bf16")
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
+"""To a plain module in float32; in bfloat16 to FSDP on the same processes, which computes with rounded copies too."""
+ALONE = single_process()
+FROZEN = (r"denoiser\.blocks\.0\..*", r"denoiser\.embed\.weight")
+WITHOUT_KEEPING = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+"""With these, stage 3 lets go of what it has gathered at once, as it does with parameters that are not tiny."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A system under ZeRO."""
+
+    system: str
+    stage: int
+    train: TrainConfig = TRAIN
+    offload: bool = False
+    keeping: bool = False
+
+
+def cases() -> Iterator[Case]:
+    for stage in (1, 2, 3):
+        for system in PAPERS:
+            yield Case(system, stage)
+            yield Case(system, stage, BF16, keeping=True)
+        yield Case("vadd", stage, offload=True)
+        yield Case("cadd", stage, BF16, offload=True)
+        yield Case("mdlm", stage, replace(BF16 if stage == 3 else TRAIN, freeze=FROZEN))
+    yield Case("untied", 3)
+    yield Case("prior", 3)
+    yield Case("mdlm", 3, replace(TRAIN, recompute="full"))
+    yield Case("vadd", 3, replace(TRAIN, recompute="selective"))
+
+
+@dataclass
+class Record:
+    """Loss per position and gradient norm of every step, losses of held-out rows, the state at HALF and at the end."""
+
+    trace: list[tuple[float, float]] = field(default_factory=list)
+    averaged: list[float] = field(default_factory=list)
+    current: list[float] = field(default_factory=list)
+    half: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    end: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def micros(mesh: Mesh, model: ModelConfig, step: int) -> list[Micro]:
+    """This rank's rows of the step's batch, as two micro-batches."""
+    generator = torch.Generator().manual_seed(step)
+    whole = Batch(
+        tokens_BL=torch.randint(VOCAB - 1, (ROWS, LENGTH), generator=generator),
+        maskable_BL=torch.rand(ROWS, LENGTH, generator=generator) < 0.9,
+        document_BL=(torch.arange(LENGTH) >= 8).int().expand(ROWS, LENGTH),
+        positions_BL=torch.arange(LENGTH).remainder(8).expand(ROWS, LENGTH),
+        index_B=torch.arange(ROWS) + step * ROWS,
+    )
+    share = ROWS // mesh.data.size
+    mine = whole.rows(mesh.data.rank * share, (mesh.data.rank + 1) * share)
+    corruption = corrupt(mine, NoiseKey(3, step, mine.index_B), model)
+    return Micro(mine, corruption, StepSchedule(kl_weight=0.7)).split(share // 2)
+
+
+def train(engine: Engine, model: ModelConfig, steps: Sequence[int]) -> list[tuple[float, float]]:
+    """Loss per position and gradient norm of every step."""
+    trace, mesh = [], engine.mesh
+    for step in steps:
+        parts = micros(mesh, model, step)
+        (count,) = mesh.data.all_reduce([sum(m.corruption.divisor for m in parts)])
+        scale = float("nan") if step == BROKEN else 1 / count
+        terms = [engine.forward_backward(m, scale=scale, last=m is parts[-1]) for m in parts]
+        norm = engine.reduce_and_clip(0.5)
+        take = torch.isfinite(norm).float() * (step != SKIPPED)
+        engine.step(lr=1e-3, take=take)
+        engine.update_ema(0.8, take=take)
+        (loss,) = mesh.sums.all_reduce([sum(float(t.loss) for t in terms)])
+        trace.append((loss / count, float(norm)))
+        assert bool(torch.isfinite(norm)) == (step != BROKEN)
+    return trace
+
+
+def evaluated(engine: Engine, model: ModelConfig, *, averaged: bool) -> list[float]:
+    """The loss of every row, gathered in order."""
+    mesh = engine.mesh
+    with engine.ema() if averaged else nullcontext():
+        rows = torch.cat([engine.evaluate(m).loss_B for m in micros(mesh, model, 99)]).double()
+    place = torch.zeros(ROWS, dtype=torch.float64)
+    place[mesh.data.rank * len(rows) : (mesh.data.rank + 1) * len(rows)] = rows
+    return mesh.data.all_reduce(place.tolist())
+
+
+def whole(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """An engine's state, gathered."""
+    return {
+        group: {n: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for n, p in named.items()}
+        for group, named in engine.state_dict().items()
+    }
+
+
+def record(engine: Engine, model: ModelConfig) -> Record:
+    """Trains from the beginning to the end."""
+    found = Record(train(engine, model, range(HALF)))
+    found.half = whole(engine)
+    found.trace += train(engine, model, range(HALF, STEPS))
+    found.averaged = evaluated(engine, model, averaged=True)
+    found.current = evaluated(engine, model, averaged=False)
+    found.end = whole(engine)
+    return found
+
+
+@cache
+def reference(system: str, settings: TrainConfig, mesh: Mesh) -> Record:
+    """What FSDP's engine finds, which recomputes nothing."""
+    model, settings = SYSTEMS[system], replace(settings, recompute="none")
+    return record(FsdpEngine(model, OptimConfig(), settings, ParallelConfig(), mesh, seed=5), model)
+
+
+def deepspeed_engine(case: Case, mesh: Mesh) -> DeepSpeedEngine:
+    """The engine under test."""
+    zero_setup.GATHERING = {} if case.keeping else WITHOUT_KEEPING
+    parallel = ParallelConfig(zero_stage=case.stage, offload=case.offload)  # type: ignore[arg-type]
+    return DeepSpeedEngine(SYSTEMS[case.system], OptimConfig(), case.train, parallel, mesh, seed=5)
+
+
+def check(found: Record, wanted: Record, case: Case) -> None:
+    """Raises AssertionError where the engine shows."""
+    tolerance = TOLERANCE[case.train.precision]
+    for step, (ours, theirs) in enumerate(zip(found.trace, wanted.trace, strict=True)):
+        expected = theirs if step != BROKEN else (theirs[0], pytest.approx(float("inf")))
+        assert ours[0] == pytest.approx(expected[0], rel=tolerance), f"{case}: loss of step {step}"
+        if step != BROKEN:
+            assert ours[1] == pytest.approx(expected[1], rel=tolerance), f"{case}: norm of step {step}"
+    assert found.averaged == pytest.approx(wanted.averaged, rel=tolerance, abs=tolerance), f"{case}: averages"
+    assert found.current == pytest.approx(wanted.current, rel=tolerance, abs=tolerance), f"{case}: evaluation"
+    assert found.averaged != pytest.approx(found.current, rel=1e-4), f"{case}: averages and weights are one"
+    assert found.end.keys() == wanted.end.keys()
+    for group, named in wanted.end.items():
+        assert found.end[group].keys() == named.keys(), f"{case}: {group}"
+    if case.train.precision == "fp32":
+        same(found.end, wanted.end, str(case))
+    for name, weight in found.end["model"].items():
+        if case.train.freeze and name not in found.end["exp_avg"]:
+            assert torch.equal(weight, wanted.half["model"][name]), f"{case}: {name} is frozen"
+
+
+def same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]], case: str) -> None:
+    """Raises AssertionError where tensors differ by more than a sum in another order does."""
+    for group, named in wanted.items():
+        for name, tensor in named.items():
+            difference = float((found[group][name] - tensor).abs().max()) / max(1e-12, float(tensor.abs().max()))
+            assert difference < 1e-3, f"{case}: {group} of {name} differs by {difference}"
+
+
+def check_round_trip(case: Case, mesh: Mesh) -> None:
+    """A run that changes to DeepSpeed at half and back at the end goes on as if nothing had happened."""
+    model, wanted = SYSTEMS[case.system], reference(case.system, case.train, ALONE)
+    engine = deepspeed_engine(case, mesh)
+    engine.load_state_dict(wanted.half, num_updates=HALF - 1)
+    loaded = whole(engine)
+    for group, named in wanted.half.items():
+        for name, tensor in named.items():
+            assert torch.equal(loaded[group][name], tensor), f"{case}: {group} of {name}"
+    trace = train(engine, model, range(HALF, STEPS))
+    for ours, theirs in zip(trace, wanted.trace[HALF:], strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-4), f"{case}: half-way"
+    back = FsdpEngine(model, OptimConfig(), case.train, ParallelConfig(), ALONE, seed=6)
+    back.load_state_dict(whole(engine), num_updates=STEPS - 2)
+    same(whole(back), wanted.end, f"{case}: back")
+    straight = FsdpEngine(model, OptimConfig(), case.train, ParallelConfig(), ALONE, seed=7)
+    straight.load_state_dict(copy.deepcopy(wanted.end), num_updates=STEPS - 2)
+    later = range(STEPS, STEPS + 3)
+    for ours, theirs in zip(train(back, model, later), train(straight, model, later), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4), f"{case}: after the return"
+
+
+def save_at_half(folder: Path, mesh: Mesh) -> None:
+    """Checkpoints of FSDP and of every stage, after HALF steps on this mesh."""
+    model = SYSTEMS[MOVING]
+    fsdp = FsdpEngine(model, OptimConfig(), TRAIN, ParallelConfig(), mesh, seed=5)
+    stages = {f"stage{stage}": deepspeed_engine(Case(MOVING, stage), mesh) for stage in (1, 2, 3)}
+    for name, engine in {"fsdp": fsdp, **stages}.items():
+        train(engine, model, range(HALF))
+        dcp.save(engine.state_dict(), checkpoint_id=folder / name)
+
+
+def check_moved(folder: Path, mesh: Mesh) -> None:
+    """FSDP's checkpoint goes on under every stage, and those of every stage under FSDP, on another mesh."""
+    model, wanted = SYSTEMS[MOVING], reference(MOVING, TRAIN, ALONE).trace[HALF:]
+    for stage in (1, 2, 3):
+        fsdp = FsdpEngine(model, OptimConfig(), TRAIN, ParallelConfig(), mesh, seed=6)
+        for name, engine in (("fsdp", deepspeed_engine(Case(MOVING, stage), mesh)), (f"stage{stage}", fsdp)):
+            tensors = engine.state_dict()
+            dcp.load(tensors, checkpoint_id=folder / name, no_dist=True)
+            engine.load_state_dict(tensors, num_updates=HALF - 1)
+            for ours, theirs in zip(train(engine, model, range(HALF, STEPS)), wanted, strict=True):
+                assert ours[0] == pytest.approx(theirs[0], rel=1e-4), f"from {name}, stage {stage}"
+
+
+def run_rank(rank: int, world: int, folder: str) -> None:
+    """Every case on this process."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    else:
+        zero_setup.import_deepspeed(ALONE.device)  # sets up a group of one
+    sharded = build_mesh(ALONE.device, (1, world, 1, 1))
+    mesh = ALONE if world == 1 else sharded
+    for case in cases():
+        wanted = reference(case.system, case.train, sharded if case.train.precision == "bf16" else ALONE)
+        check(record(deepspeed_engine(case, mesh), SYSTEMS[case.system]), wanted, case)
+    for stage in (1, 2, 3):
+        check_round_trip(Case(MOVING, stage), mesh)
+    (save_at_half if world > 1 else check_moved)(Path(folder), mesh)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_zero_trains_as_one_process_does(tmp_path: Path) -> None:
+    """One test, because the single process goes on from what the two have saved."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for world in (2, 1):
+        mp.spawn(run_rank, args=(world, str(tmp_path)), nprocs=world)
+
+
+def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match=r"^engine=deepspeed needs .* pip install penumbra-diffusion\[deepspeed\]"):
+        deepspeed_engine(Case("mdlm", 3), single_process())

@@ -1,0 +1,179 @@
+"""Two processes are stopped, lose one another, and meet a spike on one of them: all decide alike and go on."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint.load import load_for_evaluation
+from pretrain.config import RunConfig
+from pretrain.engines.fsdp import FsdpEngine
+from pretrain.hooks.metrics import read_metrics
+from pretrain.hooks.spans import read_spans
+from pretrain.parallel import mesh
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = Path(__file__).with_name("poisoned_training.py")
+SETTINGS = ("train.steps=40", "checkpoint.every=10", "validation.every=20", "data.num_workers=1")
+Trace = dict[int, dict[str, Any]]
+Start = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_config: Callable[..., RunConfig],
+    write_config: Callable[[RunConfig, Path], Path],
+) -> Start:
+    """Names a run: its configuration file and its folder."""
+    folder = tmp_path_factory.mktemp("survival")
+
+    def prepare(name: str, *overrides: str) -> tuple[Path, Path]:
+        config = make_config(folder / name, *SETTINGS, *overrides)
+        return write_config(config, folder / f"{name}.yaml"), config.path
+
+    return prepare
+
+
+@contextmanager
+def torchrun(*arguments: str | Path, max_restarts: int = 0) -> Iterator["subprocess.Popen[str]"]:
+    """Two processes under torchrun."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*command, f"--max-restarts={max_restarts}", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+
+
+def run(*arguments: str | Path) -> None:
+    with torchrun(*arguments) as process:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+
+
+def wait_for_step(process: "subprocess.Popen[str]", folder: Path, step: int) -> None:
+    """Until a line tells of the step."""
+    while process.poll() is None:
+        if (folder / "metrics.jsonl").is_file() and any(
+            line["kind"] == "train" and line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")
+        ):
+            return
+        time.sleep(0.01)
+    pytest.fail(process.communicate()[1][-4000:])
+
+
+def rank_1_of(process: "subprocess.Popen[str]") -> int:
+    """Its process number."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    raise AssertionError("there is no rank 1")
+
+
+def events(folder: Path) -> list[str]:
+    return [line["event"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "event"]
+
+
+def test_two_processes_survive(prepared: Start, trace: Callable[[Path], Trace]) -> None:
+    """One test, because its runs are expensive and test processes do not share them."""
+    config, folder = prepared("whole")
+    run("-m", "pretrain.train", config)
+    whole = trace(folder)
+    assert sorted(whole) == list(range(1, 41))
+    assert {rank: lines[-1]["step"] for rank, lines in read_spans(folder / "spans").items()} == {0: 40, 1: 40}
+    check_that_a_signal_to_torchrun_saves(prepared, trace, whole)
+    check_that_a_signal_to_one_rank_stops_all(prepared, trace, whole)
+    check_that_a_lost_rank_is_replaced(prepared, trace, whole)
+
+
+def check_that_a_signal_to_torchrun_saves(prepared: Start, trace: Callable[[Path], Trace], whole: Trace) -> None:
+    """torchrun passes it on to the process groups of its children, loader workers included."""
+    config, folder = prepared("terminated")
+    with torchrun("-m", "pretrain.train", config) as process:
+        wait_for_step(process, folder, 12)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+    assert events(folder)[-2:] == ["checkpoint", "stop"], errors[-4000:]
+    assert load_for_evaluation(folder).state.step >= 12
+    run("-m", "pretrain.train", config)
+    assert trace(folder) == whole
+
+
+def check_that_a_signal_to_one_rank_stops_all(prepared: Start, trace: Callable[[Path], Trace], whole: Trace) -> None:
+    """And torchrun, which could start them again, does not."""
+    config, folder = prepared("told")
+    with torchrun("-m", "pretrain.train", config, max_restarts=3) as process:
+        wait_for_step(process, folder, 12)
+        os.kill(rank_1_of(process), signal.SIGUSR1)
+        process.communicate()
+    assert process.returncode != 0
+    assert events(folder)[-2:] == ["checkpoint", "stop"]
+    assert "resume" not in events(folder)
+    run("-m", "pretrain.train", config)
+    assert trace(folder) == whole
+
+
+def check_that_a_lost_rank_is_replaced(prepared: Start, trace: Callable[[Path], Trace], whole: Trace) -> None:
+    """The other one ends by itself, not after the hour that ranks wait for one another."""
+    config, folder = prepared("lost")
+    with torchrun("-m", "pretrain.train", config, max_restarts=1) as process:
+        wait_for_step(process, folder, 15)
+        os.kill(rank_1_of(process), signal.SIGKILL)
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    assert events(folder).count("resume") == 1
+    assert trace(folder) == whole
+
+
+def test_a_spike_on_one_rank_is_answered_by_all(
+    prepared: Start, trace: Callable[[Path], Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one process answers it."""
+    policies = ("skip", "rollback", "stop")
+    short = ("train.steps=8", "validation.every=0", "checkpoint.every=4", "data.num_workers=0")
+    paths = {
+        (policy, size): prepared(f"{policy}-{size}", f"train.on_spike={policy}", *short)
+        for policy in policies
+        for size in (1, 2)
+    }
+    run(DRIVER, *(paths[policy, 2][0] for policy in policies))
+    for name in ("forward_backward", "reduce_and_clip"):
+        monkeypatch.setattr(FsdpEngine, name, getattr(FsdpEngine, name))
+    monkeypatch.setattr(mesh, "process_mesh", mesh.process_mesh)
+    runpy.run_path(str(DRIVER))["main"]([str(paths[policy, 1][0]) for policy in policies])
+    for policy in policies:
+        one, two = (paths[policy, size][1] for size in (1, 2))
+        assert events(one) == events(two)
+        ours, theirs = trace(two), trace(one)
+        assert sorted(ours) == sorted(theirs)
+        for step, line in theirs.items():
+            assert ours[step]["train.loss"] == pytest.approx(line["train.loss"], rel=1e-5)
+            assert ours[step]["train.skipped"] == line["train.skipped"]
+    assert {policy: events(paths[policy, 2][1])[-1] for policy in policies} == {
+        "skip": "finish",
+        "rollback": "finish",
+        "stop": "stop",
+    }
+    skipped, rolled_back = (load_for_evaluation(paths[policy, 2][1]).state for policy in ("skip", "rollback"))
+    assert (skipped.skipped, skipped.passed_over) == (1, [])
+    assert (rolled_back.skipped, rolled_back.passed_over) == (0, [(4, 6)])
