@@ -224,6 +224,7 @@ class Benchmark(StrEnum):
     head = "head"
     step = "step"
     objectives = "objectives"
+    checkpoint = "checkpoint"
 
 
 @app.command()
@@ -232,7 +233,8 @@ def bench(
         Benchmark,
         typer.Argument(
             help="head: loss and gradient of the head; step: a training step against transformers' Qwen2; "
-            "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling."
+            "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling; "
+            "checkpoint: how long a save keeps training waiting."
         ),
     ],
     json: JsonFile = None,

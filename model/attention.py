@@ -1,15 +1,56 @@
 """Attention behind one function; the mask is prepared once per forward pass and shared by all layers.
 
-Shapes: B sequences, Q queries, S keys, H query heads, G key/value heads, K head width.
+Shapes: B sequences, L positions, Q queries, S keys, H query heads, G key/value heads, K head width, D width.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from .masks import MaskSpec
+from .flash import FlashPlan, Kernel, installed_kernel
+from .flex import FlexPlan
+from .masks import MaskKind, MaskSpec
+from .sdpa import SdpaPlan
+from .sequence import SequencePart
+
+BackendName = Literal["sdpa", "flex", "flash"]
+AttentionName = Literal["auto", "sdpa", "flex", "flash"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can do; whatever else is asked of it is refused.
+
+    Args:
+        masks: kinds of mask that it expresses.
+        computes_on: kinds of device; None: all.
+        trains_on: kinds of device on which it has a backward pass; None: all.
+        dtypes: what queries, keys and values may be; None: anything.
+        parts: whether queries may be a part of the positions (context parallel).
+        instead: the backend that expresses the masks which it does not.
+    """
+
+    masks: frozenset[MaskKind] = frozenset(get_args(MaskKind))
+    computes_on: frozenset[str] | None = None
+    trains_on: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    parts: bool = False
+    instead: BackendName = "sdpa"
+
+
+BACKENDS: dict[BackendName, Backend] = {
+    "sdpa": Backend(parts=True),
+    "flex": Backend(computes_on=frozenset({"cpu", "cuda"}), trains_on=frozenset({"cuda"})),
+    "flash": Backend(
+        masks=frozenset({"bidirectional", "causal", "documents"}),
+        computes_on=frozenset({"cuda"}),
+        trains_on=frozenset({"cuda"}),
+        dtypes=frozenset({torch.bfloat16, torch.float16}),
+        instead="flex",
+    ),
+}
 
 
 @dataclass
@@ -42,45 +83,113 @@ class KVCache:
         return key, value
 
 
-@dataclass(frozen=True)
-class AttentionPlan:
-    """A mask made ready for the backend: dense booleans where SDPA needs them, else its own causal flag."""
+class AttentionPlan(Protocol):
+    """A mask made ready for a backend."""
 
-    visible: Tensor | None
-    causal: bool
+    def attend(self, query_BQHK: Tensor, key_BSGK: Tensor, value_BSGK: Tensor) -> Tensor:
+        """Softmax attention [B, Q, H, K] under that mask."""
 
 
-def prepare(mask: MaskSpec, num_queries: int, num_cached: int, device: torch.device) -> AttentionPlan:
-    """Compiles a mask description for one forward pass.
+def prepare(
+    mask: MaskSpec, x_BLD: Tensor, num_cached: int, name: AttentionName = "sdpa", part: SequencePart | None = None
+) -> AttentionPlan:
+    """Compiles a mask for one forward pass, in which the positions of `x_BLD` follow `num_cached` earlier ones.
+
+    Args:
+        part: which of these positions are the queries; None: all of them.
 
     Raises:
-        ValueError: documents together with a cache.
+        ValueError: documents together with a cache, or a backend that can not do what is asked of it.
     """
     if mask.document_BL is not None and num_cached:
         raise ValueError("a KV cache holds one document per row: drop document_BL or the cache")
-    if mask.direction == "causal" and mask.document_BL is None and not num_cached:
-        return AttentionPlan(visible=None, causal=True)
-    return AttentionPlan(mask.visible(num_queries, num_cached + num_queries, device), causal=False)
+    (num_rows, num_queries), device = x_BLD.shape[:2], x_BLD.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else x_BLD.dtype
+    backend = choose(mask, device, dtype, part) if name == "auto" else name
+    refuse_unexpressible(backend, mask, part)
+    refuse_device(backend, device, training=torch.is_grad_enabled())
+    if backend == "flex":
+        return FlexPlan.of(mask, num_queries, num_cached, device)
+    if backend == "flash":
+        refuse_dtype(backend, dtype)
+        return FlashPlan.of(mask, num_rows, num_queries, num_cached, device, flash_kernel())
+    plan = SdpaPlan.of(mask, num_queries, num_cached, device)
+    return plan if part is None else plan.of_part(part)
 
 
 def attend(query_BQHK: Tensor, key_BSGK: Tensor, value_BSGK: Tensor, plan: AttentionPlan) -> Tensor:
     """Softmax attention [B, Q, H, K]; queries that see no key give zeros.
 
-    On the CPU it computes in float32: there the bfloat16 kernel's backward pass is several times slower. On a GPU a
-    dense mask leaves only kernels that do not share key heads among query heads, so these are repeated.
+    On the CPU it computes in float32: there the bfloat16 kernel's backward pass is several times slower.
     """
     device, dtype = query_BQHK.device.type, query_BQHK.dtype
-    groups = query_BQHK.shape[2] // key_BSGK.shape[2]
-    if device != "cpu" and plan.visible is not None:
-        key_BSGK, value_BSGK = (x.repeat_interleave(groups, dim=2) for x in (key_BSGK, value_BSGK))
     compute = torch.float32 if device == "cpu" and dtype == torch.bfloat16 else dtype
     with torch.autocast(device, enabled=False):
-        out_BHQK = scaled_dot_product_attention(
-            query_BQHK.transpose(1, 2).to(compute),
-            key_BSGK.transpose(1, 2).to(compute),
-            value_BSGK.transpose(1, 2).to(compute),
-            attn_mask=plan.visible,
-            is_causal=plan.causal,
-            enable_gqa=query_BQHK.shape[2] != key_BSGK.shape[2],
+        return plan.attend(query_BQHK.to(compute), key_BSGK.to(compute), value_BSGK.to(compute)).to(dtype)
+
+
+def choose(mask: MaskSpec, device: torch.device, dtype: torch.dtype, part: SequencePart | None = None) -> BackendName:
+    """What `auto` stands for: SDPA, and on an NVIDIA GPU what needs no dense mask."""
+    flash = BACKENDS["flash"]
+    if device.type != "cuda" or part is not None:
+        return "sdpa"
+    if flash.masks.issuperset(mask.kinds) and dtype in (flash.dtypes or ()) and installed_kernel() is not None:
+        return "flash"
+    return "sdpa" if mask.kinds in (["bidirectional"], ["causal"]) else "flex"
+
+
+def refuse_unexpressible(name: BackendName, mask: MaskSpec, part: SequencePart | None = None) -> None:
+    """Raises ValueError for a kind of mask that the backend does not express, or for parts that it can not serve."""
+    backend = BACKENDS[name]
+    if part is not None and not backend.parts:
+        raise ValueError(f"train.attention={name} can not divide positions: set train.attention=sdpa, or context=1")
+    for kind in mask.kinds:
+        if kind not in backend.masks:
+            raise ValueError(
+                f"train.attention={name} can not express a mask of {kind}, only of {', '.join(sorted(backend.masks))}: "
+                f"set train.attention={backend.instead}"
+            )
+
+
+def refuse_device(name: AttentionName, device: torch.device, *, training: bool) -> None:
+    """Raises ValueError for a backend that is not installed, does not exist, or does not compute (or train) there."""
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"train.attention={name!r} is not one of {', '.join(get_args(AttentionName))}")
+    if name == "flash":
+        flash_kernel()
+    backend = BACKENDS[name]
+    for able, what in ((backend.computes_on, "computes"), (backend.trains_on if training else None, "trains")):
+        if able is not None and device.type not in able:
+            raise ValueError(
+                f"train.attention={name} {what} on {' and '.join(sorted(able))} only, not on {device.type}: "
+                "set train.attention=sdpa"
+            )
+
+
+def refuse_dtype(name: BackendName, dtype: torch.dtype) -> None:
+    """Raises ValueError for numbers that the backend does not compute with."""
+    able = BACKENDS[name].dtypes
+    if able is not None and dtype not in able:
+        names = ", ".join(sorted(str(each).removeprefix("torch.") for each in able))
+        raise ValueError(
+            f"train.attention={name} computes in {names}, not in {str(dtype).removeprefix('torch.')}: "
+            "set train.precision=bf16, or train.attention=sdpa"
         )
-    return out_BHQK.transpose(1, 2).to(dtype)
+
+
+def flash_kernel() -> Kernel:
+    """flash-attn's kernel.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    kernel = installed_kernel()
+    if kernel is None:
+        raise ValueError(
+            "train.attention=flash needs flash-attn and an NVIDIA GPU: pip install penumbra-diffusion[flash] "
+            "(with --no-build-isolation), or set train.attention=sdpa"
+        )
+    return kernel

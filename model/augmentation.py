@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import AugmentationConfig
+from .losses import VocabularySlice
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,13 @@ class Augmentation(nn.Module):
         of_z_t, of_z0, variance = (c.to(z_t.dtype) for c in self.path.posterior(t, s))
         return of_z_t * z_t + of_z0 * z0 + variance.sqrt() * noise.to(z_t.dtype)
 
-    def fuse(self, z_t_MD: Tensor, table_VD: Tensor, mask_id: int, alpha_M: Tensor) -> Tensor:
-        """What hints z_t add to the mask's embedding, [M, D], under the chosen fusion."""
-        mask_D = table_VD[mask_id]
-        hint_MD = z_t_MD if self.scale is None else z_t_MD * _root_mean_square(table_VD.detach())
+    def fuse(self, z_t_MD: Tensor, mask_D: Tensor, loudness: Tensor, alpha_M: Tensor) -> Tensor:
+        """What hints z_t add to the mask's embedding, [M, D], under the chosen fusion.
+
+        Args:
+            loudness: root mean square of all token embeddings, a scalar without gradient.
+        """
+        hint_MD = z_t_MD if self.scale is None else z_t_MD * loudness
         if self.config.fusion == "concat":
             assert self.projection is not None
             added_MD = self.projection(torch.cat((mask_D.expand_as(hint_MD), hint_MD), dim=-1)) - mask_D
@@ -108,6 +113,16 @@ def signal_scale(config: AugmentationConfig, dim: int, vocab_size: int) -> float
     return ratio * math.sqrt(2.0 * math.log(vocab_size) / dim)
 
 
-def _root_mean_square(table_VD: Tensor) -> Tensor:
-    """Of all elements at once, with no temporary as large as the table."""
-    return torch.linalg.vector_norm(table_VD, dim=1).square().mean().div(table_VD.shape[1]).sqrt()
+def loudness(table_VD: Tensor, part: VocabularySlice | None) -> Tensor:
+    """Root mean square of the token embeddings, with no temporary as large as they are.
+
+    Args:
+        table_VD: the embeddings, or this rank's rows of them.
+        part: which rows, when the vocabulary is split over ranks.
+    """
+    square = torch.linalg.vector_norm(table_VD.detach(), dim=1).square()
+    if part is None:
+        return square.mean().div(table_VD.shape[1]).sqrt()
+    total = square.sum()
+    dist.all_reduce(total, group=part.group)
+    return total.div(part.total * table_VD.shape[1]).sqrt()

@@ -127,26 +127,37 @@ class Corruption:
         length = self.masked_BL.shape[1]
         edges = torch.tensor([start * length, stop * length], device=self.rows_M.device)
         first, last = torch.searchsorted(self.rows_M[: self.num_masked], edges).tolist()
+        return replace(
+            self._with_rows(first, last, first_sequence=start),
+            x_t_BL=self.x_t_BL[start:stop],
+            masked_BL=self.masked_BL[start:stop],
+            t_BS=self.t_BS[start:stop],
+            weight_BS=self.weight_BS[start:stop],
+            maskable_B=self.maskable_B[start:stop],
+            key=self.key.rows(start, stop),
+        )
+
+    def _with_rows(self, first: int, last: int, *, first_sequence: int = 0) -> Self:
+        """With these of the masked rows alone, numbered from a sequence on."""
         rows_M, sequence_M, targets_M, weight_M = _pad(
-            self.rows_M[first:last] - start * length,
-            self.sequence_M[first:last] - start,
+            self.rows_M[first:last] - first_sequence * self.masked_BL.shape[1],
+            self.sequence_M[first:last] - first_sequence,
             self.targets_M[first:last],
             self.weight_M[first:last],
         )
         return replace(
             self,
-            x_t_BL=self.x_t_BL[start:stop],
-            masked_BL=self.masked_BL[start:stop],
-            t_BS=self.t_BS[start:stop],
             rows_M=rows_M,
             sequence_M=sequence_M,
             targets_M=targets_M,
             weight_M=weight_M,
-            weight_BS=self.weight_BS[start:stop],
-            maskable_B=self.maskable_B[start:stop],
             num_masked=last - first,
-            key=self.key.rows(start, stop),
         )
+
+    def share_of_rows(self, rank: int, size: int) -> Self:
+        """The same corruption with a part of its masked rows, which `size` processes divide among them."""
+        first, last = (self.num_masked * n // size for n in (rank, rank + 1))
+        return self._with_rows(first, last)
 
     def to(self, device: torch.device) -> Self:
         """The same corruption on another device, without waiting for the copies."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import KVCache
-from .augmentation import Augmentation
+from .augmentation import Augmentation, loudness
 from .batch import Batch
 from .collapse import posterior_sums
 from .config import ModelConfig, PointMlpConfig, TransformerConfig
@@ -116,6 +116,9 @@ class MaskedDiffusion(nn.Module):
         draw = None if self.latent is None else self.draw_latent(batch, corruption)
         latent_BSd = None if draw is None else draw.z_BSd
         hidden_BLD = self.hidden(batch, corruption, hint=hint_BLD, latent=latent_BSd, dropout=dropout)
+        part = self.denoiser.part if isinstance(self.denoiser, Transformer) else None
+        if part is not None:
+            corruption = corruption.share_of_rows(part.rank, part.size)
         hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, corruption.rows_M)
         loss, ce_M = self.denoiser.cross_entropy(
             hidden_MD, corruption.rows_M, corruption.targets_M, corruption.weight_M, forbidden=self.config.mask_id
@@ -125,7 +128,8 @@ class MaskedDiffusion(nn.Module):
             loss = loss + self.augmentation.config.mse_weight * self._squared_error(hidden_MD, corruption)
         sums = None
         if draw is not None:
-            weighted_B = step.kl_weight * (corruption.weight_BS * draw.kl_BS).sum(1)
+            counts = step.kl_weight if part is None or part.rank == 0 else 0.0
+            weighted_B = counts * (corruption.weight_BS * draw.kl_BS).sum(1)
             loss, loss_B = loss + weighted_B.sum(), loss_B + weighted_B.detach()
             sums = draw.sums(corruption.hidden_BS) if step.statistics else None
         return LossTerms(loss, ce_M[: corruption.num_masked].sum(), loss_B, sums)
@@ -210,8 +214,7 @@ class MaskedDiffusion(nn.Module):
         rows_M, targets_M = corruption.rows_M[real], corruption.targets_M[real]
         length = corruption.masked_BL.shape[1]
         t_M = corruption.t_BS[corruption.sequence_M[real], corruption.segment_of(rows_M)]
-        table_VD = self.denoiser.embed.weight
-        z0_MD = self.augmentation.clean(F.embedding(targets_M, table_VD))
+        z0_MD = self.augmentation.clean(self.denoiser.embed(targets_M))
         stream_M = corruption.key.stream("hint").at(corruption.sequence_M[real], rows_M % length)
         z_t_MD = self.augmentation.noisy(z0_MD, t_M, stream_M.normal(z0_MD.shape[1]))
         return self._place(z_t_MD, rows_M, t_M, corruption.x_t_BL)
@@ -303,10 +306,12 @@ class MaskedDiffusion(nn.Module):
     def _place(self, z_t_MD: Tensor, rows_M: Tensor, t_M: Tensor, x_t_BL: Tensor) -> Tensor:
         """Fused hints at their rows [B, L, D], zero elsewhere (literal: w(x), so that the input there is 2 w(x))."""
         assert self.augmentation is not None
-        table_VD = self.denoiser.embed.weight
-        added_MD = self.augmentation.fuse(z_t_MD, table_VD, self.config.mask_id, self.schedule.alpha(t_M))
+        assert isinstance(self.denoiser, Transformer)
+        mask_D = self.denoiser.embed(x_t_BL.new_tensor(self.config.mask_id))
+        loud = loudness(self.denoiser.table(), self.denoiser.vocabulary)
+        added_MD = self.augmentation.fuse(z_t_MD, mask_D, loud, self.schedule.alpha(t_M))
         literal = self.augmentation.config.fusion == "literal"
-        base_BLD = self.denoiser.embed(x_t_BL) if literal else table_VD.new_zeros(*x_t_BL.shape, table_VD.shape[1])
+        base_BLD = self.denoiser.embed(x_t_BL) if literal else mask_D.new_zeros(*x_t_BL.shape, mask_D.shape[0])
         return base_BLD.flatten(0, 1).index_copy(0, rows_M, added_MD.to(base_BLD.dtype)).view_as(base_BLD)
 
     def _squared_error(self, hidden_MD: Tensor, corruption: Corruption) -> Tensor:

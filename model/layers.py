@@ -14,14 +14,16 @@ from .attention import AttentionPlan, KVCache, attend
 from .config import TransformerConfig
 from .noise import Stream
 from .rope import rotate
+from .sequence import SequencePart
 
 
-def dropout(x_BLD: Tensor, rate: float, stream: Stream | None) -> Tensor:
+def dropout(x_BLD: Tensor, rate: float, stream: Stream | None, part: SequencePart | None = None) -> Tensor:
     """Zeroes elements with probability `rate`, keyed by sample, so recomputation and resharding repeat the mask."""
     if stream is None or rate == 0.0:
         return x_BLD
-    keep = stream.bernoulli(1.0 - rate, *x_BLD.shape[1:])
-    return torch.where(keep, x_BLD / (1.0 - rate), 0.0)
+    length = x_BLD.shape[1] * (1 if part is None else part.size)
+    keep_BLD = stream.bernoulli(1.0 - rate, length, *x_BLD.shape[2:])
+    return torch.where(keep_BLD if part is None else part.take(keep_BLD), x_BLD / (1.0 - rate), 0.0)
 
 
 def make_norm(config: TransformerConfig, dim: int, *, affine: bool) -> nn.Module:
@@ -88,6 +90,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.part: SequencePart | None = None
         self.gates, self.num_modulated = config.gates, config.num_modulated
         self.attention_norm = make_norm(config, config.dim, affine=config.affine)
         self.attention = Attention(config, layer)
@@ -113,15 +116,15 @@ class Block(nn.Module):
         """
         if modulation_BSC is None:
             attended = self.attention(self.attention_norm(x_BLD), rotary, plan, cache)
-            x_BLD = x_BLD + dropout(attended, self.dropout, streams[0])
-            return x_BLD + dropout(self.ffn(self.ffn_norm(x_BLD)), self.dropout, streams[1])
+            x_BLD = x_BLD + dropout(attended, self.dropout, streams[0], self.part)
+            return x_BLD + dropout(self.ffn(self.ffn_norm(x_BLD)), self.dropout, streams[1], self.part)
         vectors = modulation_BSC if self.modulation is None else self.modulation(F.silu(modulation_BSC))
         of_attention, of_ffn = (half.chunk(self.num_modulated // 2, dim=-1) for half in vectors.chunk(2, dim=-1))
         normed = modulate(self.attention_norm(x_BLD), of_attention[0], of_attention[1], applies_BL)
-        attended = dropout(self.attention(normed, rotary, plan, cache), self.dropout, streams[0])
+        attended = dropout(self.attention(normed, rotary, plan, cache), self.dropout, streams[0], self.part)
         x_BLD = x_BLD + self._gated(attended, of_attention)
         fed = self.ffn(modulate(self.ffn_norm(x_BLD), of_ffn[0], of_ffn[1], applies_BL))
-        return x_BLD + self._gated(dropout(fed, self.dropout, streams[1]), of_ffn)
+        return x_BLD + self._gated(dropout(fed, self.dropout, streams[1], self.part), of_ffn)
 
     def _gated(self, x_BLD: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
         if self.gates == "none":

@@ -3,11 +3,16 @@
 Shapes: B sequences, L positions of a sequence, Q queries, S keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+MaskKind = Literal["bidirectional", "causal", "documents", "blocks"]
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(row, query, key) -> whether that query may attend to that key, elementwise; queries count from the first key."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class MaskSpec:
     so never sees what it hides; the recognition network's is x_0 with the masked positions marked.
 
     Args:
-        direction: `bidirectional`, or `causal` (a query sees keys up to its own position).
+        direction: `bidirectional`, or `causal` (a query sees keys up to its own position); blocks have their own.
         document_BL: document numbers, int [B, L]; a query sees its own document only. None: one document per row.
         block_size: positions of a block; 0: the whole sequence is one.
         two_streams: whether the sequence is there twice, as in block training.
@@ -31,30 +36,51 @@ class MaskSpec:
     block_size: int = 0
     two_streams: bool = False
 
+    @property
+    def kinds(self) -> list[MaskKind]:
+        """What a backend must express to attend under this mask."""
+        shape: MaskKind = "blocks" if self.block_size else self.direction
+        return [shape] if self.document_BL is None else [shape, "documents"]
+
+    def rule(self, num_keys: int) -> Rule | None:
+        """The mask as a function of indices; None where nothing is hidden."""
+        size, causal = self.block_size, self.direction == "causal"
+        length = num_keys // 2 if self.two_streams else num_keys
+        document_BS = self.document_BL
+        if document_BS is not None and self.two_streams:
+            document_BS = document_BS.repeat(1, 2)
+        if not (size or causal) and document_BS is None:
+            return None
+
+        def sees(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            if size and length < num_keys:
+                seen = _two_streams(query, key, length, size)
+            elif size:
+                seen = key // size <= query // size
+            elif causal:
+                seen = key <= query
+            else:
+                assert document_BS is not None
+                return document_BS[row, query] == document_BS[row, key]
+            return seen if document_BS is None else seen & (document_BS[row, query] == document_BS[row, key])
+
+        return sees
+
     def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
         """Boolean [B or 1, 1, Q, S], True where attention is allowed; None where everything is.
 
         Queries are the last `num_queries` of the keys: the earlier ones come from a cache.
         """
-        visible = None
-        if self.direction == "causal" and num_queries > 1:
-            full = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-            visible = full.tril(num_keys - num_queries)[None, None]
-        if self.block_size:
-            visible = self._blocks(num_keys, device)[None, None, -num_queries:]
-        if self.document_BL is not None:
-            document_BS = self.document_BL.repeat(1, 2) if self.two_streams else self.document_BL
-            same = document_BS[:, None, -num_queries:, None] == document_BS[:, None, None, :]
-            visible = same if visible is None else visible & same
-        return visible
+        sees = self.rule(num_keys)
+        if sees is None or (self.kinds == ["causal"] and num_queries == 1):
+            return None
+        num_rows = 1 if self.document_BL is None else self.document_BL.shape[0]
+        row = torch.arange(num_rows, device=device)[:, None, None, None]
+        key = torch.arange(num_keys, device=device)
+        return sees(row, key[None, None, -num_queries:, None], key[None, None, None, :])
 
-    def _blocks(self, num_keys: int, device: torch.device) -> Tensor:
-        """Boolean [S, S]: what blocks and streams allow each key as a query."""
-        position = torch.arange(num_keys, device=device)
-        if not self.two_streams:
-            block = position // self.block_size
-            return block[None] <= block[:, None]
-        length = num_keys // 2
-        clean, block = position >= length, position % length // self.block_size
-        earlier, same = block[None] < block[:, None], block[None] == block[:, None]
-        return (clean[None] & earlier) | (same & (clean[None] == clean[:, None]))
+
+def _two_streams(query: Tensor, key: Tensor, length: int, size: int) -> Tensor:
+    query_clean, key_clean = query >= length, key >= length
+    query_block, key_block = query % length // size, key % length // size
+    return (key_clean & (key_block < query_block)) | ((key_block == query_block) & (key_clean == query_clean))

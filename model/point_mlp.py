@@ -48,7 +48,6 @@ class PointMlp(nn.Module):
     def __init__(self, config: PointMlpConfig, vocab_size: int, *, time_conditioning: bool = False) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.recompute_blocks = False
         self.embed = DimensionEmbedding(config.num_dimensions, vocab_size, config.dim)
         self.time = TimeEmbedding(config.dim) if time_conditioning else None
         self.layers = Layers(config.dim, config.num_layers)

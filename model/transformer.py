@@ -7,16 +7,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .attention import KVCache, prepare
+from .attention import AttentionName, KVCache, prepare, refuse_device
 from .config import TransformerConfig
 from .layers import Block, TimeEmbedding, make_norm, modulate
 from .losses import VocabularySlice, masked_linear_cross_entropy
 from .masks import MaskSpec
 from .noise import Stream
+from .recompute import Recompute, recomputed
 from .rope import rotary_tables
+from .sequence import SequencePart
 
 
 class Transformer(nn.Module):
@@ -25,8 +27,10 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, vocab_size: int, *, time_conditioning: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.recompute_blocks = False
+        self.recompute: Recompute = "none"
+        self.attention_backend: AttentionName = "sdpa"
         self.vocabulary: VocabularySlice | None = None
+        self.part: SequencePart | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.place = nn.Embedding(config.max_positions, config.dim) if config.max_positions else None
         self.time = TimeEmbedding(config.condition_dim) if time_conditioning else None
@@ -72,21 +76,22 @@ class Transformer(nn.Module):
             positions = torch.arange(num_cached, num_cached + x_BLD.shape[1], device=x_BLD.device)[None]
         if self.place is not None:
             x_BLD = x_BLD + self.place(positions)
-        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
-        plan = prepare(mask or MaskSpec(), x_BLD.shape[1], num_cached, x_BLD.device)
+        plan = prepare(mask or MaskSpec(), x_BLD, num_cached, self.attention_backend, self.part)
         condition_BSC = self._condition(t, condition)
+        if self.part is not None:
+            x_BLD, positions = self.part.take(x_BLD), self.part.take(positions)
+            condition_BSC = None if condition_BSC is None else self.part.take(condition_BSC)
+            applies = None if applies is None else self.part.take(applies)
+        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
         modulation = condition_BSC
         if self.modulation is not None and condition_BSC is not None:
             modulation = self.modulation(F.silu(condition_BSC))
         for layer, block in enumerate(self.blocks):
             run = partial(block, cache=cache, streams=self._dropout_streams(dropout, layer))
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x_BLD = checkpoint(
-                    run, x_BLD, rotary, plan, modulation, applies, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BLD = run(x_BLD, rotary, plan, modulation, applies)
-        return self._final_norm(x_BLD, condition_BSC, applies)
+            kept = self.recompute if torch.is_grad_enabled() else "none"
+            x_BLD = recomputed(run, kept)(x_BLD, rotary, plan, modulation, applies)
+        hidden_BLD = self._final_norm(x_BLD, condition_BSC, applies)
+        return hidden_BLD if self.part is None else self.part.gather(hidden_BLD)
 
     def _dropout_streams(self, dropout: Stream | None, layer: int) -> tuple[Stream | None, Stream | None]:
         """Of the two sublayers of a block."""
@@ -94,9 +99,13 @@ class Transformer(nn.Module):
             return None, None
         return dropout.fold(2 * layer), dropout.fold(2 * layer + 1)
 
+    def table(self) -> Tensor:
+        """The token embeddings [V, D]; under a vocab-parallel layout this rank's rows of them."""
+        return _local(self.embed.weight)
+
     def head_weight(self) -> Tensor:
-        """The head's matrix [V, D]."""
-        return self.embed.weight if self.head is None else self.head.weight
+        """The head's matrix [V, D]; under a vocab-parallel layout this rank's rows of it."""
+        return self.table() if self.head is None else _local(self.head.weight)
 
     def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
         """The head, on the rows you need: [M, V]. A transformer's head does not depend on which rows they are."""
@@ -133,3 +142,20 @@ class Transformer(nn.Module):
             return x_BLD
         shift, scale = self.final_modulation(F.silu(condition_BSC)).chunk(2, dim=-1)
         return modulate(x_BLD, shift, scale, applies_BL)
+
+
+def use_attention(model: nn.Module, name: AttentionName, device: torch.device) -> None:
+    """Lets every transformer of a model that is trained on `device`, those of its latent too, attend by one backend.
+
+    Raises:
+        ValueError: the backend is not installed, or does not train there.
+    """
+    refuse_device(name, device, training=True)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.attention_backend = name
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This rank's part of a matrix that a tensor-parallel layout divides."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -172,6 +172,8 @@ class TrainConfig(Settings):
     """Tokens per forward pass on a rank; default: the rank's whole share of the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 and keeps weights, moments and reductions in float32."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """Kernel. auto: sdpa; on an NVIDIA GPU flash-attn where installed and able, flex for blocks and documents."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -204,8 +206,6 @@ class ParallelConfig(Settings):
     """Groups of processes that hold a whole model each (HSDP); within a group it is sharded."""
     tensor: int = 1
     """Processes that divide every matrix among them (tensor parallel)."""
-    sequence: bool = False
-    """With tensor > 1: these processes also divide the positions between their products (sequence parallel)."""
     context: int = 1
     """Processes that divide the positions of a row among them (context parallel)."""
     offload: bool = False
@@ -216,8 +216,6 @@ class ParallelConfig(Settings):
         for name in ("replicate", "tensor", "context"):
             if getattr(self, name) < 1:
                 yield f"parallel.{name}={getattr(self, name)} must be at least 1"
-        if self.sequence and self.tensor == 1:
-            yield "parallel.sequence=true divides positions among tensor-parallel processes: set parallel.tensor too"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +235,24 @@ class CheckpointConfig(Settings):
     every: int = 500
     """Steps between checkpoints; the last step always saves. 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest of them that are kept."""
+    keep_every: int = 0
+    """Steps, a multiple of checkpoint.every, whose checkpoints are never removed. 0: none."""
+    ephemeral_minutes: float = 0
+    """Minutes after which an ephemeral one is saved in between, which goes when a newer one is sealed. 0: none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, one sentence each."""
+        for name, least in (("keep", 1), ("every", 0), ("keep_every", 0), ("ephemeral_minutes", 0)):
+            if not getattr(self, name) >= least:
+                yield f"checkpoint.{name}={getattr(self, name)} must be at least {least}"
+        if self.keep_every > 0 and (self.every < 1 or self.keep_every % self.every):
+            yield (
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}, "
+                "so most of these steps would have no checkpoint: change one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +321,7 @@ class RunConfig(Settings):
         if isinstance(self.data, ToyFunctionsData):
             yield from self.data.problems()
         yield from self.parallel.problems()
+        yield from self.checkpoint.problems()
         length, train = self.data.length, self.train
         if length < 1 or train.batch_tokens < length or train.batch_tokens % length:
             nearest = max(1, round(train.batch_tokens / max(1, length))) * max(1, length)
@@ -343,8 +359,6 @@ class RunConfig(Settings):
             ("log.every", self.log.every, 1),
             ("log.profile_steps", min(self.log.profile_steps, default=1), 1),
             ("log.memory_snapshot", self.log.memory_snapshot, 0),
-            ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("checkpoint.every", self.checkpoint.every, 0),
             ("validation.every", self.validation.every, 0),
             ("data.num_workers", self.data.num_workers, 0),
         ):

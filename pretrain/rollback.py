@@ -17,7 +17,4 @@ def rollback_target(config: RunConfig, world: Axis) -> Path | None:
     def of_schedule(path: Path) -> bool:
         return every > 0 and int(path.name.removeprefix("step-")) % every == 0
 
-    def decide() -> Path | None:
-        return newest_good(folder, wanted=of_schedule) or newest_good(folder)
-
-    return world.from_first(decide)
+    return newest_good(folder, world, wanted=of_schedule) or newest_good(folder, world)

@@ -19,7 +19,8 @@ from model.flops import training_flops
 from model.noise import NoiseKey
 
 from .checkpoint.load import CHECKPOINTS, initialise_from, newest_good, resume
-from .checkpoint.save import save_checkpoint
+from .checkpoint.manifest import Kind
+from .checkpoint.saver import Saver
 from .config import RunConfig
 from .data import Data
 from .endings import Ending
@@ -76,7 +77,15 @@ class Trainer:
     def run(self) -> Ending:
         """Trains from the newest good checkpoint (or from nothing) to the last step, or to where it is stopped."""
         try:
-            return self._run()
+            with Saver(
+                self.config.path / CHECKPOINTS,
+                self.config.checkpoint,
+                self.model,
+                self.mesh,
+                save_tokenizer=self.data.tokenizer.save,
+                on_sealed=self._announce,
+            ) as self.saver:
+                return self._run()
         except BaseException as error:
             failure = error
             self._tell(lambda hook: hook.on_error(failure))
@@ -91,17 +100,17 @@ class Trainer:
             ending, reason = Ending.SAVED, stopped.reason
         except Spiked as spiked:
             ending, reason = Ending.SPIKED, str(spiked)
-        if ending is Ending.FINISHED:
-            self._tell(lambda hook: hook.on_finish(self.state))
-            return ending
         if ending is Ending.SAVED and self.saved != self.state.step:
             self._save()
-        self._tell(lambda hook: hook.on_stop(self.state, reason))
+        self.saver.finish()
+        if ending is Ending.FINISHED:
+            self._tell(lambda hook: hook.on_finish(self.state))
+        else:
+            self._tell(lambda hook: hook.on_stop(self.state, reason))
         return ending
 
     def _start(self) -> None:
-        folder = self.config.path / CHECKPOINTS
-        checkpoint = self.mesh.world.from_first(lambda: newest_good(folder))
+        checkpoint = newest_good(self.config.path / CHECKPOINTS, self.mesh.world)
         if checkpoint is not None:
             self._resume(checkpoint)
             self.state.resumes += self.state.step < self.config.train.steps
@@ -130,8 +139,11 @@ class Trainer:
             with self.window.paused():
                 if self._due(self.config.validation.every):
                     self._validate()
+                self.saver.poll()
                 if self._due(self.config.checkpoint.every):
                     self._save()
+                elif self._due(self.config.log.every) and self.saver.ephemeral_due():
+                    self._save("ephemeral")
 
     def _batches(self) -> Iterator[Micro]:
         passed_over = self.state.num_passed_over
@@ -205,6 +217,7 @@ class Trainer:
         if self.config.train.on_spike == "stop":
             assert self.window.latest is not None
             raise Spiked(f"a spike in the gradient of step {spike}, norm {float(self.window.latest.norm):.4g}")
+        self.saver.wait()
         checkpoint = rollback_target(self.config, self.mesh.world)
         if checkpoint is None:
             return False
@@ -266,20 +279,14 @@ class Trainer:
         if bound.tokens:
             self._tell(lambda hook: hook.on_validation(bound, self.state))
 
-    def _save(self) -> None:
+    def _save(self, kind: Kind = "permanent") -> None:
         self._keep_books()
         with self.span("save"):
-            path = save_checkpoint(
-                self.config.path / CHECKPOINTS,
-                self.engine.state_dict(),
-                self.state,
-                self.model,
-                self.mesh.world,
-                save_tokenizer=self.data.tokenizer.save,
-                keep=self.config.checkpoint.keep,
-            )
+            self.saver.save(self.engine.state_dict(), self.state, kind)
         self.saved = self.state.step
-        self._tell(lambda hook: hook.on_checkpoint(path, self.state))
+
+    def _announce(self, path: Path, state: TrainState) -> None:
+        self._tell(lambda hook: hook.on_checkpoint(path, state))
 
     def _tell(self, event: Callable[[Hook], None]) -> None:
         for hook in self.hooks:

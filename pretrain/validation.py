@@ -41,4 +41,4 @@ def validation_bound(
             terms = engine.evaluate(Micro(batch, corruption, StepSchedule()))
             if index_B.numel():
                 sums.add(terms.loss_B, batch.maskable_BL.sum(1))
-    return BoundSums(*engine.mesh.sums.all_reduce(sums.as_list())).estimate(model.objective)
+    return BoundSums(*axis.all_reduce(sums.as_list())).estimate(model.objective)

@@ -16,20 +16,30 @@ from model.config import ModelConfig
 from model.diffusion import MaskedDiffusion
 
 from ..engines.base import Engine
+from ..parallel.mesh import Axis
 from ..state import TrainState
-from .manifest import damage, read_manifest
+from .manifest import read_manifest
+from .verify import ALONE, damage
 
 CHECKPOINTS = "checkpoints"
 
 
-def newest_good(folder: Path, *, wanted: Callable[[Path], bool] = lambda path: True) -> Path | None:
-    """The newest checkpoint of a folder that is sealed, undamaged (others are named on stderr) and wanted."""
-    sealed = sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp" and wanted(p)), reverse=True)
+def newest_good(
+    folder: Path, world: Axis = ALONE, *, wanted: Callable[[Path], bool] = lambda path: True
+) -> Path | None:
+    """The newest checkpoint of a folder that is wanted, sealed and undamaged; all ranks check it together.
+
+    Damaged ones are named on stderr and passed over.
+    """
+    sealed = world.from_first(
+        lambda: sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp" and wanted(p)), reverse=True)
+    )
     for path in sealed:
-        fault = damage(path)
+        fault = damage(path, world)
         if fault is None:
             return path
-        print(f"penumbra: passing over checkpoint {path.name}: {fault}", file=sys.stderr)
+        if world.rank == 0:
+            print(f"penumbra: passing over checkpoint {path.name}: {fault}", file=sys.stderr)
     return None
 
 
@@ -65,7 +75,7 @@ def initialise_from(run: Path, engine: Engine, tokenizer: Tokenizer) -> str:
     Raises:
         ValueError: nothing usable there, another tokenizer, no name in common, or other shapes.
     """
-    checkpoint = _locate(run)
+    checkpoint = _locate(run, engine.mesh.world)
     if read_state(checkpoint).identity["data.tokenizer"] != tokenizer.sha256():
         raise ValueError(f"init_from={run} was trained with another tokenizer: tokenise the data with that one")
     saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
@@ -150,16 +160,16 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         ) from None
 
 
-def _locate(run: Path) -> Path:
+def _locate(run: Path, world: Axis = ALONE) -> Path:
     if not run.is_dir():
         raise ValueError(f"{run} is not a run folder (it does not exist): pass one such as runs/demo")
     if (run / "manifest.json").is_file() and (run / "tensors").is_dir():
-        fault = damage(run)
+        fault = damage(run, world)
         if fault:
             raise ValueError(f"checkpoint {run} is damaged ({fault}): use another one of the run")
         read_manifest(run)
         return run
-    found = newest_good(run / CHECKPOINTS)
+    found = newest_good(run / CHECKPOINTS, world)
     if found is None:
         raise ValueError(f"{run} is not a run folder with a usable checkpoint: train it first with `penumbra train`")
     return found

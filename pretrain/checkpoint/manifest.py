@@ -5,11 +5,14 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+Kind = Literal["permanent", "ephemeral"]
+"""Ephemeral ones shorten what a crash costs, and go when a newer checkpoint is sealed."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Manifest:
         files: by relative path.
         versions: of python and torch.
         world_size: ranks that wrote it.
+        kind: permanent, also where a manifest does not say so, or ephemeral.
     """
 
     format: int
@@ -37,6 +41,7 @@ class Manifest:
     files: dict[str, FileSeal]
     versions: dict[str, str]
     world_size: int
+    kind: Kind = "permanent"
 
     def write(self, folder: Path) -> None:
         """Writes and fsyncs the manifest."""
@@ -61,23 +66,6 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has checkpoint format {manifest.format}, this code reads {FORMAT}: use the code that wrote it"
         )
     return manifest
-
-
-def damage(folder: Path) -> str | None:
-    """What differs from the manifest (a file missing, its size or its hash), or None."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        return str(error)
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected.size:
-            return f"{path} has {path.stat().st_size} bytes instead of {expected.size}"
-        if sha256_of(path) != expected.sha256:
-            return f"{path} does not have its sha256"
-    return None
 
 
 def sha256_of(path: Path) -> str:

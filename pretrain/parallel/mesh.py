@@ -87,9 +87,8 @@ def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, s
     Raises:
         ValueError: the processes can not be divided as asked.
     """
-    parallel = parallel or ParallelConfig()
     size = int(environ.get("WORLD_SIZE", 1))
-    shard = num_shards(parallel, size)
+    shape = mesh_shape(parallel or ParallelConfig(), size)
     device = _device(environ)
     if size == 1:
         yield single_process(device)
@@ -98,7 +97,7 @@ def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, s
     store, rank, size = _meeting_place(environ)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT)
     try:
-        yield build_mesh(device, (parallel.replicate, shard, parallel.context, parallel.tensor))
+        yield build_mesh(device, shape)
     finally:
         dist.destroy_process_group()
 
@@ -149,8 +148,8 @@ COMBINED = {
 """Axes of the device mesh that act as one: rows, sums of losses, and shards of the weights."""
 
 
-def num_shards(parallel: ParallelConfig, size: int) -> int:
-    """Size of the shard axis among `size` processes.
+def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, int, int, int]:
+    """Sizes of the axes AXES among `size` processes.
 
     Raises:
         ValueError: the other axes do not divide them.
@@ -162,7 +161,7 @@ def num_shards(parallel: ParallelConfig, size: int) -> int:
             f"parallel.context={parallel.context} x parallel.tensor={parallel.tensor}: "
             f"use a multiple of {others} processes, or smaller axes"
         )
-    return size // others
+    return parallel.replicate, size // others, parallel.context, parallel.tensor
 
 
 def _axis(mesh: DeviceMesh) -> Axis:

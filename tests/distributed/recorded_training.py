@@ -6,10 +6,11 @@ Usage: torchrun ... recorded_training.py CONFIG.yaml ...; writes RUN/noise-RANK.
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from model.diffusion import LossTerms
-from pretrain.config import load_config
+from pretrain.config import ParallelConfig, load_config
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel import mesh
@@ -32,13 +33,19 @@ def main(paths: list[str]) -> None:
     """Runs the configurations."""
     seen: dict[int, tuple[float, list[int]]] = {}
     record_noise(seen)
-    with mesh.process_mesh() as devices:
-        mesh.process_mesh = lambda parallel=None: contextlib.nullcontext(devices)  # type: ignore[assignment, misc]
+    with mesh.process_mesh() as alone_or_sharded:
+        mesh.process_mesh = partial(divided, alone_or_sharded)  # type: ignore[assignment]
         for path in paths:
             seen.clear()
             config = load_config(Path(path))
             train(config)
-            (config.path / f"noise-{devices.world.rank}.json").write_text(json.dumps(seen))
+            (config.path / f"noise-{alone_or_sharded.world.rank}.json").write_text(json.dumps(seen))
+
+
+def divided(whole: mesh.Mesh, parallel: ParallelConfig) -> contextlib.nullcontext[mesh.Mesh]:
+    """The processes of a mesh divided as a configuration asks; they are started once."""
+    shape = mesh.mesh_shape(parallel, whole.world.size)
+    return contextlib.nullcontext(whole if whole.devices is None else mesh.build_mesh(whole.device, shape))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import diffusion
-from model.augmentation import Augmentation, Path, signal_scale
+from model.augmentation import Augmentation, Path, loudness, signal_scale
 from model.batch import Batch
 from model.config import AugmentationConfig, ModelConfig, TransformerConfig
 from model.corruption import Corruption, MaskSchedule, corrupt
@@ -190,7 +190,7 @@ def test_the_norm_of_a_row_changes_nothing() -> None:
 
 def fused(settings: AugmentationConfig, z_t_MD: Tensor, table_VD: Tensor, alpha: float = 0.3) -> Tensor:
     augmentation = Augmentation(settings, table_VD.shape[1], len(table_VD))
-    return augmentation.fuse(z_t_MD, table_VD, len(table_VD) - 1, torch.full((len(z_t_MD),), alpha))
+    return augmentation.fuse(z_t_MD, table_VD[-1], loudness(table_VD, None), torch.full((len(z_t_MD),), alpha))
 
 
 def test_a_hint_is_multiplied_by_one_detached_number() -> None:
@@ -217,7 +217,8 @@ def test_the_norm_of_a_hidden_tokens_row_does_not_leak() -> None:
         louder_VD = table_VD.clone()
         louder_VD[7] *= factor
         z_t_MD = augmentation.noisy(augmentation.clean(louder_VD[[7, 3]]), torch.tensor([0.5, 0.5]), noise_MD)
-        lengths.append(augmentation.fuse(z_t_MD, louder_VD, 29, torch.tensor([0.5, 0.5])).norm(dim=1))
+        loud = loudness(louder_VD, None)
+        lengths.append(augmentation.fuse(z_t_MD, louder_VD[29], loud, torch.tensor([0.5, 0.5])).norm(dim=1))
     assert torch.allclose(lengths[0][0] / lengths[0][1], lengths[1][0] / lengths[1][1], rtol=1e-9)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from model import layers
 from model.config import TransformerConfig
 from model.noise import NoiseKey, Stream
+from model.recompute import Recompute
+from model.sequence import SequencePart
 from model.transformer import Transformer
 
 VOCABULARY, LENGTH = 23, 12
@@ -47,15 +49,17 @@ def test_recomputation_repeats_the_forward_pass(config: TransformerConfig, rate:
     model = build(replace(config, dropout=rate))
     condition = random(2, 6) if config.condition_dim else None
     results = []
-    for recompute in (False, True):
-        model.recompute_blocks = recompute
+    choices: tuple[Recompute, ...] = ("none", "full", "selective")
+    for recompute in choices:
+        model.recompute = recompute
         model.zero_grad()
         hidden = model(tokens(), condition=condition, dropout=dropout_stream())
         (hidden * random(2, LENGTH, 16)).sum().backward()
         results.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(results[0]) == len(results[1]) > 10
-    for plain, recomputed in zip(*results):
-        assert torch.equal(plain, recomputed)
+    assert len(results[0]) == len(results[1]) == len(results[2]) > 10
+    for plain, full, selective in zip(*results):
+        assert torch.equal(plain, full)
+        assert torch.equal(plain, selective)
 
 
 @torch.no_grad()
@@ -87,7 +91,7 @@ def test_every_sublayer_of_every_block_has_its_own_stream(
 ) -> None:
     seen = []
 
-    def record(x_BLD: Tensor, rate: float, stream: Stream) -> Tensor:
+    def record(x_BLD: Tensor, rate: float, stream: Stream, part: SequencePart | None) -> Tensor:
         seen.append(stream.key_B)
         return x_BLD
 

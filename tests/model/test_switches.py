@@ -25,6 +25,7 @@ from model.diffusion import LossTerms, MaskedDiffusion, StepSchedule
 from model.initialisation import initialise
 from model.latent import Gaussian
 from model.noise import NoiseKey
+from model.recompute import Recompute
 from model.transformer import Transformer
 
 Build = Callable[..., MaskedDiffusion]
@@ -169,15 +170,18 @@ def test_rows_of_a_corruption_have_the_loss_of_the_rows(name: str, build: Build,
 def test_recomputation_changes_no_gradient(name: str, build: Build, make_batch: MakeBatch) -> None:
     model, batch = build(SPLIT[name]), make_batch(4, LENGTH, SYMBOLS)
     corruption, results = corrupted(batch, SPLIT[name]), []
-    for recompute in (False, True):
+    choices: tuple[Recompute, ...] = ("none", "full", "selective")
+    for recompute in choices:
         trunks = [module for module in model.modules() if isinstance(module, Transformer)]
         assert len(trunks) >= 2
         for trunk in trunks:
-            trunk.recompute_blocks = recompute
+            trunk.recompute = recompute
         model.zero_grad()
         model(batch, corruption, step=StepSchedule()).loss.backward()
         results.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    for plain, full, selective in zip(*results, strict=True):
+        assert torch.equal(plain, full)
+        assert torch.equal(plain, selective)
 
 
 @pytest.mark.parametrize("name", ["vadd", "cadd", "all"])

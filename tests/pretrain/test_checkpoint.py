@@ -15,7 +15,7 @@ import torch
 from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from model.config import AugmentationConfig, LatentConfig, ModelConfig, TransformerConfig
 from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation, newest_good, resume
-from pretrain.checkpoint.save import checkpoint_name, save_checkpoint
+from pretrain.checkpoint.save import NotSaved, checkpoint_name, save_checkpoint
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
@@ -299,9 +299,9 @@ def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
         load_for_evaluation(tmp_path)
 
 
-def test_a_place_that_can_not_be_written_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_place_that_can_not_be_written_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ValueError, match=r"no checkpoint can be written .*: choose another folder"):
+    with pytest.raises(NotSaved, match=r"the checkpoint of step 1 can not be written to .*run/checkpoints \(.*run"):
         save(tmp_path / "run", 1, tokenizer=tokenizer)
 
 

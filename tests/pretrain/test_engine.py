@@ -248,3 +248,30 @@ def test_weights_follow_the_seed_alone() -> None:
     assert not torch.equal(
         first["model/denoiser.embed.weight"], snapshot(make_engine(seed=1))["model/denoiser.embed.weight"]
     )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same() -> None:
+    traces = {}
+    for compiled in (False, True):
+        engine = make_engine(compile=compiled)
+        losses = []
+        for step in range(3):
+            losses.append(backward(engine, micros(engine, step=step)))
+            losses.append(float(engine.reduce_and_clip(1.0)))
+            engine.step(lr=1e-2, take=TAKE)
+        traces[compiled] = losses
+    assert traces[True] == pytest.approx(traces[False], rel=1e-5)
+
+
+def test_offloading_alone_is_refused() -> None:
+    model = ModelConfig(backbone=TransformerConfig(dim=8, num_layers=1, num_heads=1), vocab_size=4, mask_id=3)
+    with pytest.raises(ValueError, match=r"parallel\.offload=true shards over processes"):
+        FsdpEngine(model, OPTIM, TrainConfig(), ParallelConfig(offload=True), single_process(), seed=0)
+
+
+def test_the_attention_backend_reaches_the_model_and_is_refused_where_it_can_not_train() -> None:
+    for name in ("auto", "sdpa"):
+        assert make_engine(attention=name).model.denoiser.attention_backend == name
+    with pytest.raises(ValueError, match=r"flex trains on cuda only, not on cpu: set train\.attention=sdpa"):
+        make_engine(attention="flex")

@@ -1,0 +1,141 @@
+"""Which backend attends: the table of what each can do, its refusals, what `auto` stands for, and where it is set."""
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import get_args
+
+import pytest
+import torch
+
+from model.attention import BACKENDS, AttentionName, BackendName, choose, prepare, refuse_dtype
+from model.config import LatentConfig, ModelConfig, PointMlpConfig, TransformerConfig
+from model.diffusion import MaskedDiffusion
+from model.flex import FlexPlan
+from model.masks import MaskKind, MaskSpec
+from model.sdpa import SdpaPlan
+from model.transformer import Transformer, use_attention
+from pretrain.config import TrainConfig, validate
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+DOCUMENTS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+SPECS = {
+    "bidirectional": MaskSpec(),
+    "causal": MaskSpec("causal"),
+    "documents": MaskSpec(document_BL=DOCUMENTS),
+    "causal documents": MaskSpec("causal", DOCUMENTS),
+    "blocks": MaskSpec(block_size=2),
+    "two streams": MaskSpec(block_size=2, two_streams=True),
+    "two streams, documents": MaskSpec(document_BL=DOCUMENTS, block_size=2, two_streams=True),
+}
+INPUTS = torch.zeros(2, 4, 8)
+WITHOUT_FLASH = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+
+
+def install_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name, whose kernel is never called here."""
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = lambda *_: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+def test_the_table_knows_every_backend_and_every_mask() -> None:
+    assert set(BACKENDS) == set(get_args(BackendName)) == set(get_args(AttentionName)) - {"auto"}
+    seen = {kind for spec in SPECS.values() for kind in spec.kinds}
+    assert seen == set(get_args(MaskKind))
+    for backend in BACKENDS.values():
+        assert BACKENDS[backend.instead].masks == seen
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_blocks_are_refused_by_flash_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]
+    with torch.no_grad():
+        assert isinstance(prepare(spec, INPUTS, 0, "sdpa"), SdpaPlan)
+        assert isinstance(prepare(spec, INPUTS, 0, "flex"), FlexPlan)
+    install_flash(monkeypatch)
+    if spec.block_size:
+        with pytest.raises(ValueError, match=r"flash can not express a mask of blocks, .*train\.attention=flex"):
+            prepare(spec, INPUTS, 0, "flash")
+    else:
+        with pytest.raises(ValueError, match=r"flash computes on cuda only, not on cpu: set train\.attention=sdpa"):
+            prepare(spec, INPUTS, 0, "flash")
+
+
+@WITHOUT_FLASH
+def test_flash_names_the_extra_to_install() -> None:
+    for attempt in (
+        lambda: prepare(MaskSpec(), INPUTS, 0, "flash"),
+        lambda: use_attention(torch.nn.Linear(1, 1), "flash", CUDA),
+    ):
+        with pytest.raises(ValueError, match=re.escape("pip install penumbra-diffusion[flash]")):
+            attempt()
+
+
+def test_flash_computes_in_half_precision() -> None:
+    refuse_dtype("flash", torch.bfloat16)
+    refuse_dtype("sdpa", torch.float32)
+    with pytest.raises(ValueError, match=r"computes in bfloat16, float16, not in float32: set train\.precision=bf16"):
+        refuse_dtype("flash", torch.float32)
+
+
+@pytest.mark.parametrize("backend", get_args(BackendName))
+def test_documents_with_a_cache_are_refused(backend: BackendName) -> None:
+    with pytest.raises(ValueError, match="one document per row"):
+        prepare(SPECS["documents"], INPUTS, 3, backend)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="'fast' is not one of auto, sdpa, flex, flash"):
+        use_attention(torch.nn.Linear(1, 1), "fast", CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_auto_is_sdpa_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_flash(monkeypatch)
+    assert isinstance(prepare(SPECS[name], INPUTS, 0, "auto"), SdpaPlan)
+
+
+AUTO_ON_CUDA = {  # with flash-attn in bf16, with it in fp32, without it
+    "bidirectional": ("flash", "sdpa", "sdpa"),
+    "causal": ("flash", "sdpa", "sdpa"),
+    "documents": ("flash", "flex", "flex"),
+    "causal documents": ("flash", "flex", "flex"),
+    "blocks": ("flex", "flex", "flex"),
+    "two streams": ("flex", "flex", "flex"),
+    "two streams, documents": ("flex", "flex", "flex"),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_auto_on_a_gpu_needs_no_dense_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    without = choose(SPECS[name], CUDA, torch.bfloat16)
+    install_flash(monkeypatch)
+    found = (choose(SPECS[name], CUDA, torch.bfloat16), choose(SPECS[name], CUDA, torch.float32), without)
+    assert found == AUTO_ON_CUDA[name]
+
+
+def test_every_transformer_of_a_model_is_set() -> None:
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, condition_dim=8)
+    config = ModelConfig(backbone=backbone, vocab_size=9, mask_id=8, block_size=2, latent=LatentConfig(dim=4))
+    for prior, count in (("normal", 2), ("x_t", 3), ("earlier_blocks", 3)):
+        latent = replace(LatentConfig(dim=4), prior=prior)  # type: ignore[arg-type]
+        diffusion = MaskedDiffusion(replace(config, latent=latent))
+        trunks = [module for module in diffusion.modules() if isinstance(module, Transformer)]
+        assert [trunk.attention_backend for trunk in trunks] == ["sdpa"] * count
+        use_attention(diffusion, "auto", CPU)
+        assert [trunk.attention_backend for trunk in trunks] == ["auto"] * count
+    use_attention(MaskedDiffusion(ModelConfig(backbone=PointMlpConfig(), vocab_size=9, mask_id=8)), "auto", CPU)
+
+
+def test_the_setting_is_one_of_a_run_and_not_of_a_model() -> None:
+    run = {"name": "small", "data": {"kind": "shards", "path": "text"}}
+    for name in get_args(AttentionName):
+        assert validate(run, [f"train.attention={name}"]).train.attention == name
+    with pytest.raises(ValueError, match=r"train\.attention='fast'.*'auto', 'sdpa', 'flex' or 'flash'"):
+        validate(run, ["train.attention=fast"])
+    assert TrainConfig().attention == "auto"
+    assert not [key for key in vars(TransformerConfig(dim=16)) if "attention" in key]
