@@ -31,3 +31,8 @@ def step_schedule(position: int, config: RunConfig, passed_over: int = 0) -> Ste
     annealed = min(1.0, (step + 1) / train.kl_anneal_steps) if train.kl_anneal_steps else 1.0
     logged = (step + 1) % config.log.every == 0 or step + 1 == train.steps
     return StepSchedule(kl_weight=train.kl_weight * annealed, statistics=logged)
+
+
+def averaging_decay(decay: float, step: int) -> float:
+    """Young averages forget faster: (1 + step) / (10 + step), up to the decay asked for."""
+    return min(decay, (1 + step) / (10 + step))

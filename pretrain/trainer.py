@@ -32,7 +32,7 @@ from .hooks.spikes import Spiked, SpikeGuard
 from .identity import rows_per_rank, run_identity
 from .memory import peak_memory
 from .rollback import rollback_target
-from .schedules import learning_rate, step_schedule
+from .schedules import averaging_decay, learning_rate, step_schedule
 from .state import TrainState
 from .validation import validation_bound
 from .window import Latest, Window
@@ -101,7 +101,7 @@ class Trainer:
         except Spiked as spiked:
             ending, reason = Ending.SPIKED, str(spiked)
         if ending is Ending.SAVED and self.saved != self.state.step:
-            self._save()
+            self._save("permanent" if self._due(self.config.checkpoint.every) else "ephemeral")
         self.saver.finish()
         if ending is Ending.FINISHED:
             self._tell(lambda hook: hook.on_finish(self.state))
@@ -295,8 +295,3 @@ class Trainer:
     def _due(self, every: int) -> bool:
         last = self.state.step == self.config.train.steps
         return last or (every > 0 and self.state.step % every == 0)
-
-
-def averaging_decay(decay: float, step: int) -> float:
-    """Young averages forget faster: (1 + step) / (10 + step), up to the decay asked for."""
-    return min(decay, (1 + step) / (10 + step))

@@ -1,6 +1,7 @@
 """Process groups: which ranks share rows, parts of a row, matrices; a mesh of one process is a plain run."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from ..config import ParallelConfig
 
@@ -93,7 +95,8 @@ def process_mesh(parallel: ParallelConfig | None = None, environ: Mapping[str, s
             yield single_process(device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    store, rank, size = _meeting_place(environ)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT)
     try:
         yield build_mesh(device, shape)
     finally:
@@ -109,6 +112,29 @@ def _without_new_groups() -> Iterator[None]:
     finally:
         if dist.is_initialized() and not before:
             dist.destroy_process_group()
+
+
+def _meeting_place(environ: Mapping[str, str]) -> tuple[dist.Store, int, int]:
+    """Where the processes find one another, and this one's rank among how many.
+
+    torchrun keeps one store over its restarts, and in it the addresses of processes that are gone (PyTorch's
+    #135712): on one machine every attempt gets names of its own, on several only torchrun can give it another store.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=RANK_TIMEOUT))
+    store.set_timeout(RANK_TIMEOUT)
+    is_shared = (
+        environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
+    )
+    if is_shared and environ.get("GROUP_WORLD_SIZE") != "1" and rank == 0:
+        print(
+            "penumbra: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts: on several machines its "
+            "restarts may otherwise look for processes that are gone",
+            file=sys.stderr,
+            flush=True,
+        )
+    if is_shared and environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt-{environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, size
 
 
 def build_mesh(device: torch.device, shape: tuple[int, int, int, int]) -> Mesh:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,15 +151,25 @@ def test_a_rollback_goes_on_after_the_data_of_the_spike(
 def test_a_run_that_was_stopped_in_between_rolls_back_as_far(
     tmp_path: Path, make_config: MakeConfig, trace: ReadTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Poison(monkeypatch, {9}.__contains__)
-    settings = ("train.on_spike=rollback", "validation.every=0")
+    """The checkpoint of the stop in step 9 takes the place of none: it is not what step 10 goes back to."""
+    poison = Poison(monkeypatch, {9}.__contains__)
+    settings = ("train.on_spike=rollback", "validation.every=0", "checkpoint.keep=1")
     train(make_config(tmp_path / "whole", *settings))
-    copy_checkpoint(tmp_path / "whole", tmp_path / "stopped", 8)
-    train(make_config(tmp_path / "stopped", *settings, "train.steps=9"))
-    assert (tmp_path / "stopped" / CHECKPOINTS / "step-00000009").exists()
-    train(make_config(tmp_path / "stopped", *settings))
-    expected = {n: line for n, line in trace(tmp_path / "whole").items() if n > 9}
-    assert {n: line for n, line in trace(tmp_path / "stopped").items() if n > 9} == expected
+    config = make_config(tmp_path / "stopped", *settings)
+    update_ema = FsdpEngine.update_ema
+
+    def stopped_in_step_9(engine: FsdpEngine, decay: float, *, take: Tensor) -> None:
+        if poison.batches[-1] == 8:
+            signal.raise_signal(signal.SIGUSR1)
+        update_ema(engine, decay, take=take)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FsdpEngine, "update_ema", stopped_in_step_9)
+        assert train(config) is Ending.SAVED
+    assert (config.path / CHECKPOINTS / "step-00000009").exists()
+    assert train(config) is Ending.FINISHED
+    assert trace(config.path) == trace(tmp_path / "whole")
+    assert [path.name for path in (config.path / CHECKPOINTS).iterdir()] == ["step-00000012"]
 
 
 def test_without_a_checkpoint_a_spike_is_skipped(
