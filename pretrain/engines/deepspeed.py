@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = import_deepspeed(mesh.device)
         self.mesh = mesh
-        self.products = _gathered_products if parallel.zero_stage == 3 and train.recompute == "none" else nullcontext
+        self.products = _gathered_products if parallel.zero_stage == 3 else nullcontext
         with torch.device("meta"):
             whole = MaskedDiffusion(model)
         use_attention(whole, train.attention, mesh.device)
@@ -196,14 +197,29 @@ class DeepSpeedEngine:
 def _gathered_products() -> Iterator[None]:
     """Within it a linear layer's graph holds on to the parameter itself, not to what is gathered of it for now.
 
-    DeepSpeed makes this replacement for good and everywhere; here it lasts as long as its own model computes. Blocks
-    that are recomputed need none, and must not have it: it adds the bias to a product that may have been kept.
+    DeepSpeed makes this replacement for good and everywhere; here it lasts as long as its own model computes.
     """
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
-    plain = F.linear
-    F.linear = zero3_linear_wrap
+    plain, product = F.linear, _product()
+    F.linear = lambda x, weight, bias=None: product.apply(x, weight, bias)  # type: ignore[assignment]
     try:
         yield
     finally:
         F.linear = plain
+
+
+@cache
+def _product() -> type[torch.autograd.Function]:
+    """DeepSpeed's linear layer with PyTorch's way forward, since its own adds the bias in a step of its own, in place.
+
+    That rounds twice in bfloat16, and spoils the products that selective recomputation keeps.
+    """
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    plain = F.linear
+
+    class Product(LinearFunctionForZeroStage3):
+        @staticmethod
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return plain(x, weight, bias)
+
+    return Product

@@ -26,12 +26,13 @@ class NamedState:
 
     def __init__(self, mesh: Mesh, shapes: Mapping[str, torch.Size], fragments: Mapping[str, Fragment | None]) -> None:
         self.mesh, self.shapes, self.fragments = mesh, shapes, fragments
+        self.devices = None if mesh.devices is None else mesh.devices["weights"]
 
     def blank(self, name: str) -> Tensor:
         """A named tensor of zeros in float32: this process's rows of it, or all of it in a process that is alone."""
-        if self.mesh.devices is None:
+        if self.devices is None:
             return torch.zeros(self.shapes[name], device=self.mesh.device)
-        return zeros(self.shapes[name], device_mesh=self.mesh.devices["weights"], placements=[Shard(0)])
+        return zeros(self.shapes[name], device_mesh=self.devices, placements=[Shard(0)])
 
     def read(self, flats: Sequence[Tensor], name: str) -> Tensor:
         """The named tensor of a parameter."""
