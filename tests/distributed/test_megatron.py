@@ -298,7 +298,9 @@ def test_what_megatron_has_not_is_refused(override: str, fix: str) -> None:
 
 
 def test_without_the_package_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "megatron", None)
+    loaded = [name for name in sys.modules if name.startswith("megatron.")]  # by another test of this process
+    for name in ("megatron", *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "pretrain.engines.megatron", raising=False)
     for name in [name for name in sys.modules if "pretrain.parallel.megatron_" in name]:
         monkeypatch.delitem(sys.modules, name)
