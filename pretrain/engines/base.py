@@ -55,7 +55,7 @@ class Engine(Protocol):
         """The loss without gradients or dropout."""
 
     def reduce_and_clip(self, max_norm: float) -> Tensor:
-        """Global gradient norm before clipping, on device."""
+        """Global gradient norm before clipping, on device, with the same bits on every rank, which decide by it."""
 
     def step(self, *, lr: float, take: Tensor) -> None:
         """One optimizer update and cleared gradients; take = 0 skips the update on every rank."""

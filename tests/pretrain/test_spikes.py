@@ -3,7 +3,7 @@
 import math
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,30 @@ def test_a_rollback_goes_on_after_the_data_of_the_spike(
         copy_checkpoint(config.path, tmp_path / f"from-{step}", step)
         train(make_config(tmp_path / f"from-{step}", *settings))
         assert trace(tmp_path / f"from-{step}") == {n: line for n, line in lines.items() if n > step}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_every_engine_goes_back_in_the_middle_of_a_run(
+    tmp_path: Path, make_config: MakeConfig, trace: ReadTrace, engine: str
+) -> None:
+    """A step in which the guard sees a spike is undone to where FSDP undoes it."""
+    judge = SpikeGuard.judge
+    for name in ("fsdp", engine):
+        calls = iter(range(1, 1000))
+
+        def spike_at_the_tenth(guard: SpikeGuard, norm: Tensor, calls: Iterator[int] = calls) -> Tensor:
+            return judge(guard, norm) * (next(calls) != 10)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SpikeGuard, "judge", spike_at_the_tenth)
+            train(make_config(tmp_path / name, "train.on_spike=rollback", f"engine={name}"))
+    ours, theirs = trace(tmp_path / engine), trace(tmp_path / "fsdp")
+    assert load_for_evaluation(tmp_path / engine).state.passed_over == [(8, 10)]
+    assert ours.keys() == theirs.keys()
+    for step, line in theirs.items():
+        assert ours[step]["train.loss"] == pytest.approx(line["train.loss"], rel=1e-4)
+        assert ours[step]["train.grad_norm"] == pytest.approx(line["train.grad_norm"], rel=1e-3)
 
 
 def test_a_run_that_was_stopped_in_between_rolls_back_as_far(
