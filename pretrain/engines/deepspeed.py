@@ -24,7 +24,7 @@ from ..optim import MOMENTS, adamw, allocate_state
 from ..parallel.blocks import prepare_blocks
 from ..parallel.mesh import Mesh
 from .base import Micro, Tensors
-from .zero import partitions
+from .zero import hide_gathering, partitions
 from .zero_setup import import_deepspeed, initialise_quietly, materialise, zero_settings
 from .zero_state import NamedState, whole_of
 
@@ -81,6 +81,7 @@ class DeepSpeedEngine:
         )
         self.engine = initialise_quietly(Entry(whole), adamw(matrices, vectors, optim), settings, deepspeed)
         if parallel.zero_stage == 3:
+            hide_gathering(self.engine.optimizer)
             for name, parameter in self.parameters.items():
                 if re.fullmatch(USED_ELSEWHERE, name):
                     deepspeed.zero.register_external_parameter(self.engine.module, parameter)

@@ -3,12 +3,13 @@
 DeepSpeed has three of them, whose insides differ; here they look alike. All of it is DeepSpeed 0.19.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,26 @@ class WeightPartitions:
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(whole)
+
+
+def hide_gathering(optimizer: Any) -> None:
+    """Gathers out of sight of selective recomputation, which wants to meet the same operators in both of its passes.
+
+    When parameters are gathered and let go depends on what else is there at the time.
+    """
+    offload = optimizer.parameter_offload
+    for when in ("pre", "post"):
+        for way in ("forward", "backward"):
+            name = f"{when}_sub_module_{way}_function"
+            setattr(offload, name, _unseen(getattr(offload, name)))
+
+
+def _unseen(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    def run(module: nn.Module) -> None:
+        with _disable_current_modes():
+            function(module)
+
+    return run
 
 
 def _mapped(parameter: nn.Parameter) -> Fragment | None:
