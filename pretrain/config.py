@@ -373,6 +373,11 @@ class RunConfig(Settings):
         legal: dict[str, Any] = {"parallel.zero_stage": 3}
         if self.engine == "deepspeed":
             legal = {"parallel.replicate": 1, "parallel.tensor": 1, "parallel.context": 1}
+            if self.parallel.zero_stage == 3 and self.train.compile:
+                yield (
+                    "train.compile=True gains nothing with parallel.zero_stage=3, which breaks every compiled block at "
+                    "every matrix: set train.compile=false, parallel.zero_stage=2, or engine=fsdp"
+                )
         elif self.engine == "megatron":
             legal |= {"parallel.replicate": 1, "parallel.context": 1, "parallel.offload": False, "train.compile": False}
         for key, wanted in legal.items():

@@ -185,6 +185,8 @@ def test_axes_that_deepspeed_does_not_know_are_refused() -> None:
     for name, value in (("tensor", 2), ("context", 4), ("replicate", 2)):
         assert f"parallel.{name}={value} does not go with engine=deepspeed: set parallel.{name}=1, or" in text
     assert "set parallel.zero_stage=3, or engine=deepspeed" in problem("parallel.zero_stage=1")
+    assert "parallel.zero_stage=2, or engine=fsdp" in problem("engine=deepspeed", "train.compile=true")
+    assert validate(SMALL, ["engine=deepspeed", "parallel.zero_stage=2", "train.compile=true"]).train.compile
     assert validate(SMALL, ["engine=deepspeed", "parallel.zero_stage=1", "parallel.offload=true"]).engine == "deepspeed"
 
 
