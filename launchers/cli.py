@@ -225,6 +225,7 @@ class Benchmark(StrEnum):
     step = "step"
     objectives = "objectives"
     checkpoint = "checkpoint"
+    gpu = "gpu"
 
 
 @app.command()
@@ -234,7 +235,8 @@ def bench(
         typer.Argument(
             help="head: loss and gradient of the head; step: a training step against transformers' Qwen2; "
             "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling; "
-            "checkpoint: how long a save keeps training waiting."
+            "checkpoint: how long a save keeps training waiting; gpu: a model of 1.5 billion parameters on a GPU, by "
+            "attention kernel, compilation and recomputation."
         ),
     ],
     json: JsonFile = None,

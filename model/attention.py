@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from .flash import FlashPlan, Kernel, installed_kernel
+from .flash import FlashPlan, flash_kernel
 from .flex import FlexPlan
 from .masks import MaskKind, MaskSpec
 from .sdpa import SdpaPlan
@@ -132,11 +132,9 @@ def attend(query_BQHK: Tensor, key_BSGK: Tensor, value_BSGK: Tensor, plan: Atten
 def choose(mask: MaskSpec, device: torch.device, dtype: torch.dtype, part: SequencePart | None = None) -> BackendName:
     """What `auto` stands for: SDPA, and on an NVIDIA GPU what needs no dense mask."""
     flash = BACKENDS["flash"]
-    if device.type != "cuda" or part is not None:
+    if device.type != "cuda" or part is not None or mask.kinds in (["bidirectional"], ["causal"]):
         return "sdpa"
-    if flash.masks.issuperset(mask.kinds) and dtype in (flash.dtypes or ()) and installed_kernel() is not None:
-        return "flash"
-    return "sdpa" if mask.kinds in (["bidirectional"], ["causal"]) else "flex"
+    return "flash" if flash.masks.issuperset(mask.kinds) and dtype in (flash.dtypes or ()) else "flex"
 
 
 def refuse_unexpressible(name: BackendName, mask: MaskSpec, part: SequencePart | None = None) -> None:
@@ -153,13 +151,11 @@ def refuse_unexpressible(name: BackendName, mask: MaskSpec, part: SequencePart |
 
 
 def refuse_device(name: AttentionName, device: torch.device, *, training: bool) -> None:
-    """Raises ValueError for a backend that is not installed, does not exist, or does not compute (or train) there."""
+    """Raises ValueError for a backend that does not exist, or does not compute (or train) there."""
     if name == "auto":
         return
     if name not in BACKENDS:
         raise ValueError(f"train.attention={name!r} is not one of {', '.join(get_args(AttentionName))}")
-    if name == "flash":
-        flash_kernel()
     backend = BACKENDS[name]
     for able, what in ((backend.computes_on, "computes"), (backend.trains_on if training else None, "trains")):
         if able is not None and device.type not in able:
@@ -178,18 +174,3 @@ def refuse_dtype(name: BackendName, dtype: torch.dtype) -> None:
             f"train.attention={name} computes in {names}, not in {str(dtype).removeprefix('torch.')}: "
             "set train.precision=bf16, or train.attention=sdpa"
         )
-
-
-def flash_kernel() -> Kernel:
-    """flash-attn's kernel.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    kernel = installed_kernel()
-    if kernel is None:
-        raise ValueError(
-            "train.attention=flash needs flash-attn and an NVIDIA GPU: pip install penumbra-diffusion[flash] "
-            "(with --no-build-isolation), or set train.attention=sdpa"
-        )
-    return kernel

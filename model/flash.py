@@ -1,6 +1,6 @@
-"""Attention by flash-attn's variable-length kernel: rows or documents laid end to end, no mask at all.
+"""FlashAttention over variable lengths: rows or documents laid end to end, no mask at all.
 
-The package needs an NVIDIA GPU and is an extra.
+PyTorch brings such a kernel for NVIDIA GPUs; where the flash-attn package is installed, its newer one attends.
 
 Shapes: B sequences, L positions, Q queries, S keys, H query heads, G key/value heads, K head width, N segments.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from .masks import MaskSpec
 
@@ -89,11 +91,21 @@ def document_segments(document_BL: Tensor) -> tuple[Tensor, int]:
     return ends.int().to(document_BL.device, non_blocking=True), int(ends.diff().max())
 
 
-def installed_kernel() -> Kernel | None:
-    """The kernel, or None where flash-attn can not be imported."""
+def flash_kernel() -> Kernel:
+    """flash-attn's kernel where the package is installed, else PyTorch's own."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return None
+        return _varlen
     kernel: Kernel = flash_attn_varlen_func
     return kernel
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, *segments: Tensor | int, causal: bool) -> Tensor:
+    """PyTorch's kernel, which takes head widths in multiples of eight; zeros add nothing to a product."""
+    width = query.shape[-1]
+    padded = [F.pad(x, (0, -width % 8)) for x in (query, key, value)]
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    window = (-1, 0 if causal else -1)
+    out: Tensor = varlen_attn(*padded, *segments, scale=width**-0.5, window_size=window, **grouped)  # type: ignore
+    return out[..., :width]

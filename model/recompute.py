@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -23,6 +24,7 @@ _DEAR = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 """Products and attention: nearly all of the time, and not the most of the memory."""
 

@@ -173,7 +173,7 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 and keeps weights, moments and reductions in float32."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
-    """Kernel. auto: sdpa; on an NVIDIA GPU flash-attn where installed and able, flex for blocks and documents."""
+    """Kernel. auto: sdpa; on an NVIDIA GPU flash for documents in bf16, flex for blocks."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
     recompute: Literal["none", "selective", "full"] = "none"

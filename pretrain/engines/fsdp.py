@@ -62,7 +62,8 @@ class FsdpEngine:
             if mesh.tensor.size > 1:
                 divide_matrices(self.model, mesh.devices["tensor"])
             _shard(self.model, mesh.devices, train.precision, offload=parallel.offload)
-        self.model.to_empty(device=mesh.device)
+        self.held = torch.device("cpu") if parallel.offload else mesh.device
+        self.model.to_empty(device=self.held)
         initialise(self.model, seed, num_layers=model.backbone.num_layers)
         self.parameters = dict(self.model.named_parameters())
         self.num_parameters = sum(p.numel() for p in self.parameters.values())
@@ -96,24 +97,24 @@ class FsdpEngine:
             [_local(p.grad) for p in self.parameters.values() if p.grad is not None and _is_divided(p) == wanted]
             for wanted in (True, False)
         )
-        squares = torch.stack((_square(divided, self.mesh.device), _square(whole, self.mesh.device)))
+        squares = torch.stack((_square(divided, self.held), _square(whole, self.held)))
         if self.mesh.devices is not None:
             dist.all_reduce(squares, group=self.mesh.devices["weights"].get_group())
         if self.mesh.tensor.size > 1:
             dist.all_reduce(squares[0], group=self.mesh.tensor.group)
         norm = squares.sum().sqrt()
         torch._foreach_mul_([*divided, *whole], (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return norm.to(self.mesh.device)
 
     def step(self, *, lr: float, take: Tensor) -> None:
         """See Engine."""
-        optimizer_step(self.optimizer, lr=lr, take=take)
+        optimizer_step(self.optimizer, lr=lr, take=take.to(self.held))
         self.optimizer.zero_grad(set_to_none=True)
 
     def update_ema(self, decay: float, *, take: Tensor) -> None:
         """See Engine."""
         if self.average is not None:
-            self.average.update(decay, take)
+            self.average.update(decay, take.to(self.held))
 
     def ema(self) -> AbstractContextManager[None]:
         """See Engine."""

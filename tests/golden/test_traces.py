@@ -82,9 +82,9 @@ class Arithmetic:
         }
 
 
-def trace(model: ModelConfig, steps: int = 12) -> list[float]:
-    optim, source = OptimConfig(lr=3e-3, warmup_steps=4), Arithmetic()
-    engine = FsdpEngine(model, optim, TrainConfig(), ParallelConfig(), single_process(), seed=1)
+def trace(model: ModelConfig, steps: int = 12, device: str = "cpu") -> list[float]:
+    optim, source, mesh = OptimConfig(lr=3e-3, warmup_steps=4), Arithmetic(), single_process(torch.device(device))
+    engine = FsdpEngine(model, optim, TrainConfig(), ParallelConfig(), mesh, seed=1)
     losses = []
     loader = Loader(
         source,
@@ -100,7 +100,7 @@ def trace(model: ModelConfig, steps: int = 12) -> list[float]:
     for step, micro in enumerate(loader):
         terms = engine.forward_backward(micro, scale=1 / micro.corruption.divisor, last=True)
         engine.reduce_and_clip(1.0)
-        engine.step(lr=learning_rate(step, optim, steps), take=torch.ones(()))
+        engine.step(lr=learning_rate(step, optim, steps), take=torch.ones((), device=device))
         losses.append(float(terms.loss) / micro.corruption.divisor)
     return losses
 
@@ -109,6 +109,13 @@ def trace(model: ModelConfig, steps: int = 12) -> list[float]:
 def test_loss_trace_is_unchanged(name: str) -> None:
     expected = json.loads(TRACES.read_text())[name]
     assert trace(MODELS[name]) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_follows_the_same_trace(name: str) -> None:
+    expected = json.loads(TRACES.read_text())[name]
+    assert trace(MODELS[name], device="cuda") == pytest.approx(expected, rel=1e-3)
 
 
 if __name__ == "__main__":
