@@ -30,12 +30,13 @@ SYSTEMS = ("cadd", "vadd", "vmd", "block", "block_vmd")
 def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every system takes 4 seconds and MDLM 1."""
 
-    def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    def known(sides: Mapping[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
         for side in sides.values():
             side()
-        return {name: 1.0 if name == "mdlm" else 4.0 for name in sides}
+        others = [name for name in sides if name != "mdlm"]
+        return {"mdlm": 1.0} | dict.fromkeys(others, 4.0), dict.fromkeys(others, 0.25)
 
-    monkeypatch.setattr(objectives, "in_turn", in_turn)
+    monkeypatch.setattr(objectives, "beside_the_first", known)
 
 
 def counted(name: str) -> int:

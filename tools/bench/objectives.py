@@ -22,7 +22,7 @@ from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 
 from .memory import peak_extra_bytes
-from .timing import in_turn
+from .timing import beside_the_first
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ SETTINGS = {
     "training": "a whole step with fused AdamW; the recognition network is as deep as the denoiser, vmd's half as deep",
     "mib": "peak of a step above weights and optimizer state",
     "sampling": f"{SAMPLING_STEPS} network calls on half-masked rows, categorical draws in fp64, latents drawn anew",
-    "ratio_to": "the same DiT as MDLM, same process, alternated; of_flop_ratio is tokens_per_second_ratio x flop_ratio",
+    "ratio_to": "the same DiT as MDLM, just before and after; of_flop_ratio is tokens_per_second_ratio x flop_ratio",
 }
 TARGETS = {
     "objectives.cadd.tokens_per_second_ratio": 0.95,
@@ -185,8 +185,7 @@ def _sampler(config: ModelConfig, shape: Shape, policies: Policies) -> Callable[
 
 
 def _against_the_first(sides: Mapping[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
-    """Tokens per second of each side, all of them run in turn, and its ratio to the first's."""
-    seconds = in_turn(sides, repeats)
-    first = next(iter(sides))
-    ratios = {f"{name}.tokens_per_second_ratio": seconds[first] / seconds[name] for name in sides if name != first}
+    """Tokens per second of each side, and its ratio to the first's, which runs before and after every other."""
+    seconds, speed = beside_the_first(sides, repeats)
+    ratios = {f"{name}.tokens_per_second_ratio": ratio for name, ratio in speed.items()}
     return {f"{name}.tokens_per_second": tokens / seconds[name] for name in sides} | ratios

@@ -19,6 +19,31 @@ def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: statistics.median(times[name] for times in rounds) for name in sides}
 
 
+def beside_the_first(
+    sides: Mapping[str, Callable[[], object]], repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of every side, and the median of its speed as a ratio to the first's.
+
+    The first runs before and after every other, and a ratio is taken between neighbours: what the machine does besides
+    changes from one minute to the next by more than many sides differ.
+    """
+    first, *others = sides
+    for side in sides.values():
+        side()
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    speed: dict[str, list[float]] = {name: [] for name in others}
+    for _ in range(repeats):
+        before = _seconds(sides[first])
+        for name in others:
+            own, after = _seconds(sides[name]), _seconds(sides[first])
+            taken[first].append(after)
+            taken[name].append(own)
+            speed[name].append((before + after) / (2 * own))
+            before = after
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    return medians, {name: statistics.median(values) for name, values in speed.items()}
+
+
 def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
