@@ -42,8 +42,8 @@ def _open_shards(config: ShardData, world: Axis) -> Data:
 
     folder = Path(config.path)
     if config.prepare is not None:
-        if world.rank == 0 and not folder.exists():
-            _prepare(config.prepare, folder)
+        if world.rank == 0:
+            _prepare_once(config.prepare, folder)
         world.barrier()
     manifest = Manifest.load(folder)
     if config.prepare is not None:
@@ -64,6 +64,21 @@ def _refuse_other_data(wanted: PrepareConfig, found: "Manifest", folder: Path) -
             f"not from {wanted.source} ({wanted.tokenizer}, {wanted.validation_fraction} held out): "
             "set data.prepare=null to use it as it is, or give data.path another name"
         )
+
+
+def _prepare_once(config: PrepareConfig, folder: Path) -> None:
+    """Runs that start side by side wait for the one that tokenises."""
+    from filelock import FileLock
+
+    if folder.exists():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                _prepare(config, folder)
+    except OSError as error:
+        raise ValueError(f"data.path={folder} can not be made ({error}): give a folder that can be written") from None
 
 
 def _prepare(config: PrepareConfig, folder: Path) -> None:
