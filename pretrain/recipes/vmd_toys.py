@@ -90,8 +90,8 @@ def _with_blocks(data: PatternData) -> Family:
 
 
 def _needle(length: int) -> Family:
-    """Gated pooling finds the needle; times are drawn near 1, where whole sequences are hidden, and weighted for it."""
-    schedule = ScheduleConfig(kind="polynomial", power=0.1)
+    """Gated pooling finds the needle; times are drawn nearer to 1, where all ends are hidden, and weighted for it."""
+    schedule = ScheduleConfig(kind="polynomial", power=0.5)
     return _systems(PatternData(toy="needle", length=length), pool="gated", schedule=schedule)
 
 
