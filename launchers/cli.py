@@ -26,6 +26,15 @@ app = typer.Typer(
 RunFolder = Annotated[
     Path, typer.Argument(help="A run folder such as runs/demo, or one of its checkpoints/step-N.", metavar="RUN")
 ]
+RecipeName = Annotated[str, typer.Argument(help="A recipe's name, or a run's config.yaml.", metavar="RECIPE|CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings by dotted name, for example optim.lr=3e-4 (`penumbra recipes RECIPE` lists all).",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the measurement to this file.", metavar="FILE")
 ]
@@ -102,15 +111,8 @@ def inspect(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a run's config.yaml.", metavar="RECIPE|CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Settings by dotted name, for example optim.lr=3e-4 (`penumbra recipes RECIPE` lists all).",
-            metavar="[KEY=VALUE]...",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Train a recipe, from its newest good checkpoint if there is one.
@@ -129,6 +131,36 @@ def train(
         print(dump_config(config), end="")
     else:
         raise typer.Exit(run_training(config))
+
+
+class PlannedGpu(StrEnum):
+    """GPUs that `penumbra plan` knows."""
+
+    a100_80 = "a100-80"
+    h100 = "h100"
+    h200 = "h200"
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Machines.", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each, and processes.", min=1)] = 8,
+    gpu: Annotated[PlannedGpu, typer.Option(help="Their kind.")] = PlannedGpu.a100_80,
+    json: JsonFile = None,
+) -> None:
+    """Say whether a run fits on GPUs that are not here, and predict its speed: memory, traffic, days.
+
+    Exit code 0: it fits; 1: it does not, and what to change is printed.
+    """
+    from pretrain.train import resolve
+    from tools.plan import run_plan
+
+    planned = run_plan(
+        resolve(recipe, overrides or []), gpu.value, nodes=nodes, gpus_per_node=gpus_per_node, json_file=json
+    )
+    raise typer.Exit(0 if planned.fits else 1)
 
 
 @app.command()

@@ -119,14 +119,16 @@ def prepare(
 
 
 def attend(query_BQHK: Tensor, key_BSGK: Tensor, value_BSGK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Softmax attention [B, Q, H, K]; queries that see no key give zeros.
-
-    On the CPU it computes in float32: there the bfloat16 kernel's backward pass is several times slower.
-    """
+    """Softmax attention [B, Q, H, K]; queries that see no key give zeros."""
     device, dtype = query_BQHK.device.type, query_BQHK.dtype
-    compute = torch.float32 if device == "cpu" and dtype == torch.bfloat16 else dtype
+    compute = computing_dtype(device, dtype)
     with torch.autocast(device, enabled=False):
         return plan.attend(query_BQHK.to(compute), key_BSGK.to(compute), value_BSGK.to(compute)).to(dtype)
+
+
+def computing_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """On the CPU float32 for bfloat16, whose kernel's backward pass is several times slower there."""
+    return torch.float32 if device == "cpu" and dtype == torch.bfloat16 else dtype
 
 
 def choose(mask: MaskSpec, device: torch.device, dtype: torch.dtype, part: SequencePart | None = None) -> BackendName:

@@ -3,7 +3,9 @@
 Their embedding tables have spare rows after the tokenizer's own tokens; the mask takes the first of them.
 """
 
-from model.config import ModelConfig, TransformerConfig
+from dataclasses import replace
+
+from model.config import AugmentationConfig, ModelConfig, TransformerConfig
 
 from ..config import CheckpointConfig, OptimConfig, RunConfig, ShardData, TrainConfig, ValidationConfig
 
@@ -48,6 +50,18 @@ def coder_7b() -> RunConfig:
         ffn_dim=18_944,
         tied=False,
     )
+
+
+def coder_7b_cadd() -> RunConfig:
+    """7.6B parameters with hints: CADD's coder on 65B tokens, for 64 GPUs of 80 GB (CADD Section 4.3).
+
+    Readings: batch, length and learning rate are not published; hints start at nothing, behind a gate, so that the
+    model starts as the one it is adapted from. Rows of a rank are one micro-batch: FSDP keeps whole gradients between
+    micro-batches, which 7.6B parameters have no room for.
+    """
+    run = coder_7b()
+    model = replace(run.model, augmentation=AugmentationConfig(gated=True), loss_weight="uniform")
+    return replace(run, name="coder_7b_cadd", model=model, train=replace(run.train, micro_batch_tokens=32_768))
 
 
 def _coder(

@@ -1,0 +1,177 @@
+"""Plans against what happens: a real step's allocations, traffic worked out by hand, and what does not fit."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from launchers.cli import PlannedGpu, app
+from model.batch import Batch
+from model.corruption import corrupt
+from model.diffusion import StepSchedule
+from model.noise import NoiseKey
+from pretrain.config import RunConfig, validate
+from pretrain.engines.base import Micro
+from pretrain.engines.fsdp import FsdpEngine
+from pretrain.parallel.mesh import single_process
+from pretrain.recipes import build
+from tools.bench.memory import peak_extra_bytes
+from tools.plan.estimate import estimate
+from tools.plan.machines import GPUS, find
+from tools.plan.suggest import suggestions
+from tools.plan.trace import trace
+
+LATENT = ("model.latent.dim=16", "model.latent.recognition.num_layers=1", "model.backbone.condition_dim=32")
+SYSTEMS = {
+    "mdlm": (),
+    "recomputed": ("train.recompute=full",),
+    "bf16": ("train.precision=bf16",),
+    "cadd": ("model.augmentation.hint_half_life=0.4",),
+    "vadd": LATENT,
+    "block_vmd": (*LATENT, "model.block_size=8"),
+}
+ROWS, LENGTH, VOCABULARY, DIM, LAYERS = 8, 64, 1000, 128, 4
+
+
+def small(*overrides: str) -> RunConfig:
+    tree = {
+        "name": "small",
+        "data": {"kind": "shards", "path": "nowhere", "length": LENGTH},
+        "model": {
+            "backbone": {"dim": DIM, "num_layers": LAYERS, "num_heads": 4, "qkv_bias": False},
+            "vocab_size": VOCABULARY,
+        },
+        "train": {"steps": 100, "batch_tokens": ROWS * LENGTH},
+    }
+    return validate(tree, overrides)
+
+
+def measured_peak(config: RunConfig) -> tuple[int, int]:
+    """Bytes above weights and optimizer state in a real step on this CPU, and the bytes of those."""
+    model = replace(config.model, mask_id=VOCABULARY - 1)
+    engine = FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=0)
+    tokens_BL = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    batch = Batch(
+        tokens_BL=tokens_BL,
+        maskable_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        positions_BL=torch.arange(LENGTH).expand(ROWS, LENGTH),
+        index_B=torch.arange(ROWS),
+    )
+    corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), model)
+
+    def step() -> None:
+        engine.forward_backward(Micro(batch, corruption, StepSchedule()), scale=1.0, last=True)
+        engine.reduce_and_clip(1.0)
+        engine.step(lr=1e-4, take=torch.ones(()))
+
+    step()  # what is cached is cached
+    standing = sum(t.numel() * t.element_size() for named in engine.state_dict().values() for t in named.values())
+    return peak_extra_bytes(step), standing
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_peak_is_what_the_profiler_sees(system: str) -> None:
+    config = small(*SYSTEMS[system])
+    extra, standing = measured_peak(config)
+    planned = trace(config, 1, on_gpu=False)
+    assert planned.parameters + planned.optimizer == standing
+    assert planned.peak - standing == pytest.approx(extra, rel=0.1)
+    assert planned.peak == pytest.approx(extra + standing, rel=0.1)
+
+
+def test_weights_are_gathered_twice_and_gradients_reduced_once() -> None:
+    """By hand: every rank receives 7/8 of bf16 weights twice, of float32 gradients once; the root stays gathered."""
+    planned = trace(small("train.precision=bf16", f"train.batch_tokens={8 * LENGTH}"), 8)
+    weights = planned.num_parameters
+    in_blocks = LAYERS * 12 * DIM * DIM
+    least, most = ((2 * (weights + blocks) + 4 * weights) * 7 / 8 for blocks in (0.9 * in_blocks, weights))
+    assert planned.sent.keys() == {"weights"}
+    assert least <= planned.sent["weights"] <= 1.02 * most
+    assert planned.parameters == pytest.approx(4 * weights / 8, rel=0.02)
+    assert planned.optimizer == 2 * planned.parameters
+    assert planned.gradients == planned.parameters
+
+
+def test_replicas_add_up_their_gradients() -> None:
+    config = small("parallel.replicate=2", f"train.batch_tokens={8 * LENGTH}")
+    planned = trace(config, 8)
+    assert planned.axes["replicate"] == (0, 4)
+    assert planned.sent["replicate"] == pytest.approx(2 * planned.gradients / 2, rel=0.05)
+
+
+def test_whole_gradients_wait_between_micro_batches() -> None:
+    one = trace(small(f"train.batch_tokens={32 * LENGTH}"), 8)
+    four = trace(small(f"train.batch_tokens={32 * LENGTH}", f"train.micro_batch_tokens={LENGTH}"), 8)
+    assert (one.num_micros, one.accumulated) == (1, 0)
+    assert (four.num_micros, four.micro_rows) == (4, 1)
+    assert four.accumulated == pytest.approx(4 * four.num_parameters, rel=0.05)
+    assert four.activations < one.activations / 2
+    assert four.sent["weights"] > 2 * one.sent["weights"]
+
+
+def test_a_step_is_as_long_as_the_longer_of_computing_and_sending() -> None:
+    config = small(f"train.batch_tokens={1024 * LENGTH}", f"train.micro_batch_tokens={LENGTH}")
+    traced, gpu = trace(config, 16), find("h100")
+    fast = estimate(config, traced, gpu, nodes=2, gpus_per_node=8)
+    slow = estimate(config, traced, replace(gpu, outside=gpu.outside / 1e4), nodes=2, gpus_per_node=8)
+    assert fast.step_seconds >= fast.compute_seconds
+    busbar = min(gpu.inside, 8 * gpu.outside)
+    assert slow.sending["weights"] == pytest.approx(fast.sending["weights"] * busbar / (8 * gpu.outside / 1e4))
+    assert slow.step_seconds == pytest.approx(slow.sending["weights"] + slow.optimizer_seconds)
+    assert fast.days == config.train.steps * fast.step_seconds / 86_400
+    assert fast.tokens_per_second == pytest.approx(1024 * LENGTH / fast.step_seconds)
+
+
+def test_what_does_not_fit_comes_with_settings_that_do() -> None:
+    config = small(f"train.batch_tokens={64 * LENGTH}")
+    gpu = GPUS["h100"]
+
+    def plan(changed: RunConfig, memory: float) -> "object":
+        return estimate(changed, trace(changed, 2), replace(gpu, memory=memory), nodes=1, gpus_per_node=2)
+
+    whole = trace(config, 2).peak
+    lines = suggestions(config, lambda changed: plan(changed, whole / 2 / 0.9))  # type: ignore[arg-type, return-value]
+    assert lines[0].startswith("train.recompute=full: ")
+    assert lines[-1].endswith("GiB, fits")
+    hopeless = suggestions(config, lambda changed: plan(changed, 1.0))  # type: ignore[arg-type, return-value]
+    assert "more GPUs" in hopeless[-1]
+
+
+@pytest.mark.slow
+def test_the_coder_fits_on_64_gpus(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ["plan", "coder_7b_cadd", "--nodes", "8", "--gpus-per-node", "8", "--gpu", "a100-80"]
+    answer = CliRunner().invoke(app, [*arguments, "--json", str(out)])
+    assert answer.exit_code == 0, answer.output
+    results = json.loads(out.read_text())["results"]
+    assert results["plan.fits"] == 1.0
+    assert results["plan.parameters_gib"] == pytest.approx(7.62e9 * 4 / 64 / 2**30, rel=0.01)
+    assert 10 < results["plan.peak_gib"] < 72
+    assert results["plan.days"] == pytest.approx(
+        65.0e9 / 64 / results["plan.tokens_per_second_per_gpu"] / 86_400, rel=0.01
+    )
+    assert "fits" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: trace(build("owt_mdlm"), 8), r"model\.vocab_size=50258"),
+        (lambda: trace(small(), 3), r"8 rows .*does not divide among 3 processes"),
+        (lambda: trace(small("parallel.tensor=2"), 3), "3 processes do not divide"),
+        (lambda: find("v100"), "v100 is not in the table: use one of a100-80, h100, h200"),
+    ],
+)
+def test_mistakes_are_named(run: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run()
+
+
+def test_the_command_knows_the_table() -> None:
+    assert {gpu.value for gpu in PlannedGpu} == GPUS.keys()
+    assert all(math.isfinite(gpu.bandwidth(2, 8)) for gpu in GPUS.values())

@@ -1,0 +1,98 @@
+"""From what a rank holds and sends to whether it fits and how long it takes: a roofline, and no measurement."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.flops import training_flops
+from pretrain.config import RunConfig
+
+from .machines import FILLED, Gpu
+from .trace import Trace
+
+HIDDEN_BEHIND_WORK = ("weights", "replicate")
+"""Axes whose collectives run beside the computation: gathering ahead, reducing behind."""
+OPTIMIZER_TRAFFIC = 7 / 3
+"""Bytes that AdamW moves by bytes of weights, moments: all three read and written, the gradient read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step of a run takes on a machine.
+
+    Args:
+        peak, room: bytes that are needed at once, and that there are.
+        step_flops: useful operations of the whole step, over all ranks.
+        compute_seconds: a rank's operations, recomputed ones among them, at the share of the peak that is reached.
+        sending: seconds on every mesh axis.
+        step_seconds: from batch to batch.
+        tokens_per_second: over all ranks.
+        mfu: useful operations as a share of the vendor's peak.
+        days: for all steps.
+        checkpoint_bytes: of one checkpoint.
+    """
+
+    trace: Trace
+    world: int
+    peak: float
+    room: float
+    step_flops: float
+    compute_seconds: float
+    optimizer_seconds: float
+    sending: Mapping[str, float]
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+    days: float
+    checkpoint_bytes: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak finds room."""
+        return self.peak <= self.room
+
+
+def estimate(config: RunConfig, trace: Trace, gpu: Gpu, *, nodes: int, gpus_per_node: int) -> Plan:
+    """Puts a traced step on GPUs."""
+    world = nodes * gpus_per_node
+    tokens = config.train.batch_tokens
+    useful = _flops(config, trace, tokens)
+    done = useful * _repeated(config)
+    compute = done / world / (gpu.flops * gpu.reached)
+    optimizer = OPTIMIZER_TRAFFIC * (trace.parameters + trace.optimizer) / gpu.memory_bandwidth
+    sending = {
+        axis: sent / gpu.bandwidth(_num_nodes(trace.axes[axis], gpus_per_node), gpus_per_node)
+        for axis, sent in trace.sent.items()
+    }
+    beside = sum(sending.get(axis, 0.0) for axis in HIDDEN_BEHIND_WORK)
+    between = sum(seconds for axis, seconds in sending.items() if axis not in HIDDEN_BEHIND_WORK)
+    seconds = max(compute, beside) + between + optimizer
+    return Plan(
+        trace=trace,
+        world=world,
+        peak=trace.peak,
+        room=FILLED * gpu.memory,
+        step_flops=useful,
+        compute_seconds=compute,
+        optimizer_seconds=optimizer,
+        sending=sending,
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        mfu=useful / seconds / world / gpu.flops,
+        days=config.train.steps * seconds / 86_400,
+        checkpoint_bytes=trace.num_parameters * 4 * (4 if config.train.ema_decay else 3),
+    )
+
+
+def _flops(config: RunConfig, trace: Trace, tokens: int) -> float:
+    rows = tokens // config.data.length
+    masked = rows * trace.micro_masked // trace.micro_rows
+    return training_flops(trace.model, num_sequences=rows, length=config.data.length, num_rows=masked)
+
+
+def _repeated(config: RunConfig) -> float:
+    """Operations done by useful operations: full recomputation adds a third, the rest next to nothing."""
+    return 4 / 3 if config.train.recompute == "full" else 1.0
+
+
+def _num_nodes(ranks: tuple[int, ...], gpus_per_node: int) -> int:
+    return len({rank // gpus_per_node for rank in ranks})

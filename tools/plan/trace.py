@@ -1,0 +1,224 @@
+"""A step of a run without its numbers: the run's own engine on fake tensors, as rank 0 of a world that is not there."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model import attention
+from model.batch import Batch
+from model.config import ModelConfig
+from model.corruption import corrupt
+from model.diffusion import StepSchedule
+from model.noise import NoiseKey
+from pretrain.config import RunConfig
+from pretrain.engines import fsdp
+from pretrain.engines.base import Micro
+from pretrain.identity import rows_per_rank
+from pretrain.parallel.mesh import Mesh, build_mesh, mesh_shape, single_process
+
+from .tally import Tally
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank holds and sends in a step.
+
+    Args:
+        model: with its vocabulary.
+        num_parameters: of the whole model.
+        parameters: bytes of this rank's part of the weights, in the precision they are kept in.
+        optimizer: bytes of the moments and of the average, where there is one.
+        gradients: bytes of the gradients as the optimizer sees them.
+        accumulated: bytes of the gradients that micro-batches add up, whole where they are not reduced yet.
+        activations: bytes that a micro-batch's forward pass leaves for its backward pass.
+        peak: most bytes at once.
+        num_micros: micro-batches of a step.
+        micro_rows: rows of a micro-batch.
+        micro_masked: masked rows of a micro-batch, on which the head runs.
+        sent_per_micro: bytes on each mesh axis for every micro-batch but the last.
+        sent_by_last: bytes on each mesh axis for the last one, and for clipping.
+        axes: ranks of each mesh axis, as numbers of the world.
+    """
+
+    model: ModelConfig
+    num_parameters: int
+    parameters: int
+    optimizer: int
+    gradients: int
+    accumulated: int
+    activations: int
+    peak: int
+    num_micros: int
+    micro_rows: int
+    micro_masked: int
+    sent_per_micro: Mapping[str, float]
+    sent_by_last: Mapping[str, float]
+    axes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes on each mesh axis in a whole step."""
+        every, last = self.sent_per_micro, self.sent_by_last
+        return {axis: (self.num_micros - 1) * every.get(axis, 0.0) + last.get(axis, 0.0) for axis in self.axes}
+
+
+def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
+    """Builds the run as rank 0 of `world` processes and takes one step, by two micro-batches where there are more.
+
+    Args:
+        on_gpu: attention computes in the precision of the step, as on a GPU; False: as on this machine.
+
+    Raises:
+        ValueError: these processes can not divide the run, or the vocabulary is not known without its data.
+    """
+    model = _with_vocabulary(config.model)
+    with _world(config, world) as mesh:
+        rows = rows_per_rank(config, mesh.data.size)
+        micro_tokens = config.train.micro_batch_tokens
+        micro_rows = rows if micro_tokens is None else min(rows, micro_tokens // config.data.length)
+        num_micros = -(-rows // micro_rows)
+        batch = _batch(micro_rows, config.data.length)
+        corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), model)
+        micro = Micro(batch, corruption, StepSchedule())
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        engine = _engine(config, model, mesh, fake)
+        with fake, _attending(on_gpu=on_gpu):
+            return _step(engine, config, _faked(micro, fake), num_micros)
+
+
+def _engine(config: RunConfig, model: ModelConfig, mesh: Mesh, fake: FakeTensorMode) -> fsdp.FsdpEngine:
+    """The run's engine, whose weights have shapes but no memory and no values."""
+    to_empty = nn.Module.to_empty
+
+    def faked(module: nn.Module, **where: Any) -> nn.Module:
+        with fake:
+            return to_empty(module, **where)
+
+    with patch.object(nn.Module, "to_empty", faked), patch.object(fsdp, "initialise", lambda *_, **__: None):
+        return fsdp.FsdpEngine(model, config.optim, config.train, config.parallel, mesh, seed=0)
+
+
+def _step(engine: fsdp.FsdpEngine, config: RunConfig, micro: Micro, num_micros: int) -> Trace:
+    mesh = engine.mesh
+    state = {group: list(named.values()) for group, named in engine.state_dict().items()}
+    axes = _axes(mesh)
+    held = [*(t for group in state.values() for t in group)]
+    with Tally(held, {name: axis for axis, (name, _) in axes.items()}) as tally:
+        standing = tally.bytes
+        early: dict[str, float] = {}
+        if num_micros > 1:
+            engine.forward_backward(micro, scale=1.0, last=False)
+            early = dict(tally.sent)
+            tally.sent.clear()
+        before = tally.bytes
+        kept = _after_forward(engine, micro, tally) - before
+        engine.reduce_and_clip(config.train.clip_norm)
+        gradients = sum(_size(p.grad) for p in engine.parameters.values() if p.grad is not None)
+        take = torch.ones((), device=mesh.device)
+        engine.step(lr=1e-4, take=take)
+        engine.update_ema(config.train.ema_decay, take=take)
+    moments = sum(_size(t) for group, tensors in state.items() if group != "model" for t in tensors)
+    return Trace(
+        model=engine.model.config,
+        num_parameters=engine.num_parameters,
+        parameters=sum(map(_size, state["model"])),
+        optimizer=moments,
+        gradients=gradients,
+        accumulated=before - standing,
+        activations=kept,
+        peak=tally.peak,
+        num_micros=num_micros,
+        micro_rows=micro.batch.num_sequences,
+        micro_masked=micro.corruption.num_masked,
+        sent_per_micro=early,
+        sent_by_last=dict(tally.sent),
+        axes={axis: ranks for axis, (_, ranks) in axes.items()},
+    )
+
+
+def _after_forward(engine: fsdp.FsdpEngine, micro: Micro, tally: Tally) -> int:
+    """One pass through the model, and the bytes that were held between its two halves."""
+    found: list[int] = []
+    backward = Tensor.backward
+
+    def noting(tensor: Tensor, *args: object, **kwargs: object) -> None:
+        found.append(tally.bytes)
+        backward(tensor, *args, **kwargs)
+
+    with patch.object(Tensor, "backward", noting):
+        engine.forward_backward(micro, scale=1.0, last=True)
+    return found[0]
+
+
+def _with_vocabulary(model: ModelConfig) -> ModelConfig:
+    if not model.vocab_size:
+        raise ValueError(
+            "model.vocab_size is left to the tokenizer, which a plan does not open: pass it, for example "
+            "model.vocab_size=50258"
+        )
+    return model if model.mask_id >= 0 else replace(model, mask_id=model.vocab_size - 1)
+
+
+def _batch(num_rows: int, length: int) -> Batch:
+    tokens_BL = torch.zeros(num_rows, length, dtype=torch.int64)
+    return Batch(
+        tokens_BL=tokens_BL,
+        maskable_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        positions_BL=torch.arange(length).expand(num_rows, length),
+        index_B=torch.arange(num_rows),
+    )
+
+
+def _faked(micro: Micro, fake: FakeTensorMode) -> Micro:
+    batch = micro.batch._map(fake.from_tensor)
+    return Micro(batch, micro.corruption._map(fake.from_tensor), micro.step)
+
+
+@contextmanager
+def _world(config: RunConfig, size: int) -> Iterator[Mesh]:
+    """The mesh that the run would have, over a process group that carries nothing."""
+    device, shape = torch.device("cpu"), mesh_shape(config.parallel, size)
+    if size == 1:
+        yield single_process(device)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield build_mesh(device, shape)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _attending(*, on_gpu: bool) -> Iterator[None]:
+    """Attention computes in the precision of the step, as on a GPU, or as it does here."""
+    if not on_gpu:
+        yield
+        return
+    with patch.object(attention, "computing_dtype", lambda device, dtype: dtype):
+        yield
+
+
+def _axes(mesh: Mesh) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of the group and ranks of every axis that has more than one; `all` where a group spans them."""
+    if mesh.devices is None:
+        return {}
+    found = {}
+    for axis in ("weights", "replicate", "tensor", "context"):
+        group = mesh.devices[axis].get_group()
+        if group.size() > 1:
+            found[axis] = (str(group.group_name), tuple(dist.get_process_group_ranks(group)))
+    return found
+
+
+def _size(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()
