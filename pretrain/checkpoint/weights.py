@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from model.config import ModelConfig
@@ -83,7 +84,11 @@ class _Reader(dcp.FileSystemReader):
         """One whole tensor, whoever held its shards."""
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks for
         tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        dcp.load({key: tensor}, storage_reader=self, no_dist=True)
+        try:
+            dcp.load({key: tensor}, storage_reader=self, no_dist=True)
+        except CheckpointException as error:  # which is no Exception
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from error
         return tensor
 
 
