@@ -107,7 +107,7 @@ def _use(has_tokenizer: bool) -> str:
     if has_tokenizer:
         lines[1] += ", AutoTokenizer"
         lines[-1] += '  # or tokenizer(text, return_tensors="pt").input_ids'
-        lines.insert(6, "tokenizer = AutoTokenizer.from_pretrained(folder)")
+        lines.insert(6, "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)")
         lines += ["print(tokenizer.batch_decode(model.sample(start, seed=0), skip_special_tokens=True)[0])"]
     else:
         lines += ["print(model.sample(start, seed=0))  # its checkpoint has no tokenizer: token ids in, token ids out"]
