@@ -118,7 +118,9 @@ def weights_group(checkpoint: Path, weights: WeightsName | None) -> str:
     """
     group = best_group(dcp.FileSystemReader(checkpoint / TENSORS).read_metadata().state_dict_metadata)
     if weights == "ema" and group != "ema":
-        raise ValueError(f"{checkpoint} has no averaged weights (train.ema_decay=0): export those as trained, with --weights raw")
+        raise ValueError(
+            f"{checkpoint} has no averaged weights (train.ema_decay=0): export those as trained, with --weights raw"
+        )
     return "model" if weights == "raw" else group
 
 

@@ -112,7 +112,7 @@ def _use(has_tokenizer: bool) -> str:
     else:
         lines += ["print(model.sample(start, seed=0))  # its checkpoint has no tokenizer: token ids in, token ids out"]
     code = "\n".join(lines)
-    return f"""It needs torch and transformers; the rest of the code is in this folder.
+    return f"""It needs torch and transformers; the rest of the code is in this folder, under the Apache License 2.0.
 
 ```python
 {code}

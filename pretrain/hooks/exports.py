@@ -62,9 +62,10 @@ class Exports(Hook):
         try:
             export(checkpoint, out, self.settings, self.axis, before_each=self._go_on)
         except Exception as error:  # whatever it is, the run does not need this folder
-            reason = str(error) if checkpoint.is_dir() else f"{checkpoint} was removed meanwhile: raise checkpoint.keep"
-            by_hand = f"penumbra export {self.folder.parent} OUT --step {step}"
-            self._say(f"no export of step {step} in {out} ({reason}): `{by_hand}` makes one", sys.stderr)
+            reason = f"({error}): `penumbra export {self.folder.parent} OUT --step {step}` makes one"
+            if not checkpoint.is_dir():
+                reason = "(its checkpoint was removed meanwhile): raise checkpoint.keep"
+            self._say(f"no export of step {step} in {out} {reason}", sys.stderr)
         else:
             self._say(f"exported step {step} to {out}", sys.stdout)
 

@@ -160,7 +160,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_named(
 
     monkeypatch.setattr(weights, "write_tensor_file", late)
     assert train(config) is Ending.FINISHED
-    assert f"({source} was removed meanwhile: raise checkpoint.keep)" in capsys.readouterr().err
+    assert "(its checkpoint was removed meanwhile): raise checkpoint.keep" in capsys.readouterr().err
     assert exported(config.path) == names(10)
 
 
