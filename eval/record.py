@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.manifest import write_synced
+from pretrain.commit import commit
 from pretrain.train import environment
 
 
@@ -61,15 +61,3 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise ValueError(f"{path} can not be written ({error}): choose another place") from None
-
-
-def commit() -> str | None:
-    """The commit of the checkout this code runs from, with a mark if it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return answer.stdout.strip() or None

@@ -18,8 +18,9 @@ from .code.nearest import NearestExample
 from .code.pass_at_k import evaluate
 from .code.sandbox import Limits, require_sandbox
 from .code.tasks import Task, read_tasks
-from .completion import DEFAULT_STEPS, SamplingSettings, complete
+from .completion import complete
 from .likelihood import KINDS, Bound, bound, estimate
+from .sampling.settings import DEFAULT_STEPS, SamplingSettings
 
 Results = dict[str, float]
 Say = Callable[[str], None]

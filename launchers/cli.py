@@ -11,7 +11,7 @@ from pretrain.refusal import run_or_refuse
 from .options import with_sampling
 
 if TYPE_CHECKING:
-    from eval.completion import SamplingSettings
+    from eval.sampling.settings import SamplingSettings
 
 app = typer.Typer(
     name="penumbra",
@@ -191,6 +191,48 @@ def sample(
     from .sampling import run_sample
 
     run_sample(run, prompt, num, sampling, length=length, batch_size=batch_size, trace=trace)
+
+
+class ExportDtype(StrEnum):
+    """Numbers in the files of an export."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ExportWeights(StrEnum):
+    """Which weights are exported."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.", metavar="OUT")],
+    step: Annotated[
+        int | None, typer.Option(help="Export the checkpoint of this step.", min=0, show_default="the newest good one")
+    ] = None,
+    dtype: Annotated[
+        ExportDtype, typer.Option(help="fp32: the weights as the checkpoint has them; bf16: half the size.")
+    ] = ExportDtype.fp32,
+    weights: Annotated[
+        ExportWeights | None,
+        typer.Option(help="Averaged weights, or as trained.", show_default="ema where the run keeps them"),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads: weights, config, tokenizer, code, model card.
+
+    AutoModel.from_pretrained(OUT, trust_remote_code=True) needs nothing of this project; its `sample` is
+    `penumbra sample`. checkpoint.export_every exports during training.
+    """
+    from pretrain.checkpoint.hf import ExportSettings
+
+    from .exporting import run_export
+
+    chosen = ExportSettings(dtype=dtype.value, weights=weights.value if weights else None)
+    run_export(run, out, step, chosen)
 
 
 @app.command("eval")

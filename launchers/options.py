@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from eval.completion import SamplingSettings
+    from eval.sampling.settings import SamplingSettings
 
 
 class RevealAmount(StrEnum):
@@ -87,7 +87,7 @@ def sampling_settings(
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
 ) -> "SamplingSettings":
     """What the options of a command come to."""
-    from eval.completion import SamplingSettings
+    from eval.sampling.settings import SamplingSettings
 
     return SamplingSettings(
         steps=steps,

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from eval.completion import Completion, Frame, SamplingSettings, complete
+from eval.completion import Completion, Frame, complete
 from eval.record import write_whole
+from eval.sampling.settings import SamplingSettings
 from pretrain.checkpoint.load import load_for_evaluation
 from pretrain.writable import check_writable
 

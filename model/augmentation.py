@@ -82,6 +82,7 @@ class Augmentation(nn.Module):
         hint_MD = z_t_MD if self.scale is None else z_t_MD * loudness
         if self.config.fusion == "concat":
             assert self.projection is not None
+            hint_MD = hint_MD.to(mask_D.dtype)  # a sampler keeps hints in float32, whatever the weights are
             added_MD = self.projection(torch.cat((mask_D.expand_as(hint_MD), hint_MD), dim=-1)) - mask_D
         elif self.config.fusion == "reweight":
             added_MD = alpha_M.to(hint_MD.dtype)[:, None] * (hint_MD - mask_D)

@@ -244,17 +244,22 @@ class CheckpointConfig(Settings):
     """Minutes after which an ephemeral one is saved in between, which goes when a newer one is sealed. 0: none."""
     asynchronous: bool = True
     """Train on while a checkpoint is written, from a copy in host memory."""
+    export_every: int = 0
+    """Steps, a multiple of checkpoint.every, exported for transformers to RUN/exports, the last one too. 0: none."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, one sentence each."""
-        for name, least in (("keep", 1), ("every", 0), ("keep_every", 0), ("ephemeral_minutes", 0)):
+        leasts = (("keep", 1), ("every", 0), ("keep_every", 0), ("export_every", 0), ("ephemeral_minutes", 0))
+        for name, least in leasts:
             if not getattr(self, name) >= least:
                 yield f"checkpoint.{name}={getattr(self, name)} must be at least {least}"
-        if self.keep_every > 0 and (self.every < 1 or self.keep_every % self.every):
-            yield (
-                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}, "
-                "so most of these steps would have no checkpoint: change one of them"
-            )
+        for name in ("keep_every", "export_every"):
+            steps = getattr(self, name)
+            if steps > 0 and (self.every < 1 or steps % self.every):
+                yield (
+                    f"checkpoint.{name}={steps} is not a multiple of checkpoint.every={self.every}, "
+                    "so most of these steps would have no checkpoint: change one of them"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

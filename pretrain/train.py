@@ -63,6 +63,7 @@ def train(config: RunConfig) -> Ending:
 
 def rank_hooks(config: RunConfig, mesh: "Mesh", spans: "Spans") -> list["Hook"]:
     """The hooks of every rank."""
+    from .hooks.exports import Exports
     from .hooks.profiling import MemorySnapshot
     from .hooks.spans import SpanFile
     from .hooks.watchdog import Watchdog
@@ -73,11 +74,14 @@ def rank_hooks(config: RunConfig, mesh: "Mesh", spans: "Spans") -> list["Hook"]:
         hooks.append(Watchdog(config.path / "stalls", rank, 60 * minutes))
     if snapshot:
         hooks.append(MemorySnapshot(config.path / "profiles", rank, snapshot, mesh.device))
+    if config.checkpoint.export_every:
+        hooks.append(Exports(config, mesh.world))
     return hooks
 
 
 def make_hooks(config: RunConfig, num_parameters: int, world_size: int) -> list["Hook"]:
     """The hooks of rank 0."""
+    from .commit import commit
     from .hooks.collapse_warning import CollapseWarning
     from .hooks.config_file import ConfigFile
     from .hooks.metrics import MetricsFile
@@ -86,7 +90,7 @@ def make_hooks(config: RunConfig, num_parameters: int, world_size: int) -> list[
     from .hooks.tensorboard import TensorBoardFiles
     from .hooks.wandb import WandbRun
 
-    about = {"parameters": num_parameters, "world_size": world_size, **environment()}
+    about = {"parameters": num_parameters, "world_size": world_size, "commit": commit(), **environment()}
     hooks: list[Hook] = [
         ConfigFile(config),
         MetricsFile(config.path / "metrics.jsonl", about),

@@ -75,11 +75,11 @@ def initialise_from(run: Path, engine: Engine, tokenizer: Tokenizer) -> str:
     Raises:
         ValueError: nothing usable there, another tokenizer, no name in common, or other shapes.
     """
-    checkpoint = _locate(run, engine.mesh.world)
+    checkpoint = locate(run, engine.mesh.world)
     if read_state(checkpoint).identity["data.tokenizer"] != tokenizer.sha256():
         raise ValueError(f"init_from={run} was trained with another tokenizer: tokenise the data with that one")
     saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    group = _best_group(saved)
+    group = best_group(saved)
     there = {key.removeprefix(f"{group}."): meta for key, meta in saved.items() if key.startswith(f"{group}.")}
     tensors = engine.state_dict()
     common = {name: tensor for name, tensor in tensors["model"].items() if name in there}
@@ -101,8 +101,8 @@ def initialise_from(run: Path, engine: Engine, tokenizer: Tokenizer) -> str:
     return f"init_from {checkpoint}: {len(common)} parameters taken over, {new} new here, {unused} not used"
 
 
-def _best_group(saved: Mapping[str, object]) -> str:
-    """The averaged weights where a checkpoint has them."""
+def best_group(saved: Mapping[str, object]) -> str:
+    """Where a checkpoint has its averaged weights, or its weights if it has none."""
     return "ema" if any(key.startswith("ema.") for key in saved) else "model"
 
 
@@ -136,13 +136,13 @@ def load_for_evaluation(run: Path, *, averaged: bool = True, device: torch.devic
     Raises:
         ValueError: nothing usable there.
     """
-    checkpoint = _locate(run)
+    checkpoint = locate(run)
     config = read_model_config(checkpoint)
     with torch.device("meta"):
         model = MaskedDiffusion(config)
     model.to_empty(device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     saved = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    group = _best_group(saved) if averaged else "model"
+    group = best_group(saved) if averaged else "model"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -161,7 +161,12 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         ) from None
 
 
-def _locate(run: Path, world: Axis = ALONE) -> Path:
+def locate(run: Path, world: Axis = ALONE) -> Path:
+    """The newest good checkpoint of a run folder, or a checkpoint folder itself, verified.
+
+    Raises:
+        ValueError: nothing usable there.
+    """
     if not run.is_dir():
         raise ValueError(f"{run} is not a run folder (it does not exist): pass one such as runs/demo")
     if (run / "manifest.json").is_file() and (run / "tensors").is_dir():

@@ -63,7 +63,7 @@ class Saver:
         if obstacle is not None:
             raise ValueError(f"no checkpoint can be written to {folder} ({obstacle}): choose another folder=...")
         self.config, self.world, self.on_sealed, self.clock = config, mesh.world, on_sealed, clock
-        self.axis = _own_group(mesh.world) if config.asynchronous else mesh.world
+        self.axis = own_group(mesh.world) if config.asynchronous else mesh.world
         self.stager = _stager(mesh.device) if config.asynchronous else None
         self.executor: Executor = _thread(mesh.device) if config.asynchronous else _AtOnce()
         self.write = partial(
@@ -175,7 +175,7 @@ def _obstacle(folder: Path) -> str | None:
     return None if os.access(folder, os.W_OK | os.X_OK) else "it is write-protected"
 
 
-def _own_group(world: Axis) -> Axis:
+def own_group(world: Axis) -> Axis:
     """The same ranks in a group of their own, whose collectives do not mix with the training's."""
     if world.size == 1:
         return world

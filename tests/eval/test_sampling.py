@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizers import Tokenizer, make_tokenizer
-from eval.completion import SamplingSettings, complete
+from eval.completion import complete
 from eval.sampling.amount import Ancestral, Even
 from eval.sampling.choice import TokenChoice
 from eval.sampling.hints import HintPolicy
 from eval.sampling.loop import Policies, sample
 from eval.sampling.order import OrderName, scores
+from eval.sampling.settings import SamplingSettings
 from eval.sampling.state import SamplerState
 from model.config import AugmentationConfig, LatentConfig, ModelConfig, ScheduleConfig, TransformerConfig
 from model.diffusion import MaskedDiffusion

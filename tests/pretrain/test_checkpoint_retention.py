@@ -81,6 +81,8 @@ def test_a_seal_of_before_there_were_kinds_is_permanent(tmp_path: Path) -> None:
     [
         (("checkpoint.keep_every=30", "checkpoint.every=20"), "checkpoint.keep_every=30 is not a multiple of"),
         (("checkpoint.keep_every=30", "checkpoint.every=0"), "checkpoint.keep_every=30 is not a multiple of"),
+        (("checkpoint.export_every=30", "checkpoint.every=20"), "checkpoint.export_every=30 is not a multiple of"),
+        (("checkpoint.export_every=-1",), "checkpoint.export_every=-1 must be at least 0"),
         (("checkpoint.keep_every=-1",), "checkpoint.keep_every=-1 must be at least 0"),
         (("checkpoint.keep=0",), "checkpoint.keep=0 must be at least 1"),
         (("checkpoint.every=-1",), "checkpoint.every=-1 must be at least 0"),
