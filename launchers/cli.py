@@ -225,6 +225,7 @@ class Benchmark(StrEnum):
     step = "step"
     objectives = "objectives"
     checkpoint = "checkpoint"
+    scaling = "scaling"
 
 
 @app.command()
@@ -234,7 +235,8 @@ def bench(
         typer.Argument(
             help="head: loss and gradient of the head; step: a training step against transformers' Qwen2; "
             "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling; "
-            "checkpoint: how long a save keeps training waiting."
+            "checkpoint: how long a save keeps training waiting; "
+            "scaling: two processes that train together against two that train alone."
         ),
     ],
     json: JsonFile = None,
