@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .attention import AttentionName, KVCache, prepare, refuse_device
 from .config import TransformerConfig
 from .layers import Block, TimeEmbedding, make_norm, modulate
-from .losses import VocabularySlice, masked_linear_cross_entropy
+from .losses import LinearCrossEntropy, VocabularySlice, masked_linear_cross_entropy
 from .masks import MaskSpec
 from .noise import Stream
 from .recompute import Recompute, recomputed
@@ -30,6 +30,7 @@ class Transformer(nn.Module):
         self.recompute: Recompute = "none"
         self.attention_backend: AttentionName = "sdpa"
         self.vocabulary: VocabularySlice | None = None
+        self.linear_cross_entropy: LinearCrossEntropy = masked_linear_cross_entropy
         self.part: SequencePart | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.place = nn.Embedding(config.max_positions, config.dim) if config.max_positions else None
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
         self, hidden_MD: Tensor, rows_M: Tensor, targets_M: Tensor, weight_M: Tensor, *, forbidden: int
     ) -> tuple[Tensor, Tensor]:
         """Head and loss in one, without their logits; see masked_linear_cross_entropy."""
-        return masked_linear_cross_entropy(
+        return self.linear_cross_entropy(
             hidden_MD, self.head_weight(), targets_M, weight_M, forbidden=forbidden, part=self.vocabulary
         )
 
