@@ -1,4 +1,4 @@
-"""Megatron on one and two processes computes what FSDP does alone, and reads and writes its checkpoints."""
+"""Megatron on one, two and four processes computes what FSDP does alone, and reads and writes its checkpoints."""
 
 import os
 import sys
@@ -38,8 +38,8 @@ CASES: tuple[tuple[str, TrainConfig], ...] = (
 )
 """All of them where matrices are divided; elsewhere the published systems."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
-LAYOUTS = {"tensor": (1, 1, 1, 2), "data": (1, 2, 1, 1)}
-"""Sizes of the axes: replicate, shard, context, tensor."""
+LAYOUTS = {2: {"tensor": (1, 1, 1, 2), "data": (1, 2, 1, 1)}, 4: {"tensor and data": (1, 2, 1, 2)}}
+"""By number of processes, sizes of the axes: replicate, shard, context, tensor."""
 Trace = list[tuple[float, float]]
 
 
@@ -195,15 +195,16 @@ def run_alone(_rank: int) -> None:
     dist.destroy_process_group()
 
 
-def run_pair(rank: int, rendezvous: str, folder: Path) -> None:
-    """Every case on two processes."""
+def run_rank(rank: int, world: int, rendezvous: str, folder: Path) -> None:
+    """Every case on two or four processes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    meshes = {name: build_mesh(torch.device("cpu"), shape) for name, shape in LAYOUTS.items()}
-    check_replicated_gradients(meshes["tensor"])
-    check_cross_entropy()
-    check_journey(meshes["tensor"], folder)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    meshes = {name: build_mesh(torch.device("cpu"), shape) for name, shape in LAYOUTS[world].items()}
+    if world == 2:
+        check_replicated_gradients(meshes["tensor"])
+        check_cross_entropy()
+        check_journey(meshes["tensor"], folder)
     reference: dict[tuple[str, TrainConfig], tuple[Trace, list[float]]] = {}
     for layout, mesh in meshes.items():
         check_poison(mesh, layout)
@@ -218,9 +219,10 @@ def test_one_process_computes_what_fsdp_does() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_fsdp_does_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_several_processes_compute_what_fsdp_does_alone(world: int, tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(run_pair, args=(str(tmp_path / "rendezvous"), tmp_path / "checkpoints"), nprocs=2)
+    mp.spawn(run_rank, args=(world, str(tmp_path / "rendezvous"), tmp_path / "checkpoints"), nprocs=world)
 
 
 @pytest.mark.parametrize(
