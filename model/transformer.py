@@ -18,7 +18,7 @@ from .masks import MaskSpec
 from .noise import Stream
 from .recompute import Recompute, recomputed
 from .rope import rotary_tables
-from .sequence import SequencePart
+from .sequence import SequencePart, SequenceShard
 
 
 class Transformer(nn.Module):
@@ -32,6 +32,7 @@ class Transformer(nn.Module):
         self.vocabulary: VocabularySlice | None = None
         self.linear_cross_entropy: LinearCrossEntropy = masked_linear_cross_entropy
         self.part: SequencePart | None = None
+        self.shard: SequenceShard | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.place = nn.Embedding(config.max_positions, config.dim) if config.max_positions else None
         self.time = TimeEmbedding(config.condition_dim) if time_conditioning else None
@@ -84,6 +85,10 @@ class Transformer(nn.Module):
             condition_BSC = None if condition_BSC is None else self.part.take(condition_BSC)
             applies = None if applies is None else self.part.take(applies)
         rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
+        if self.shard is not None:
+            x_BLD = self.shard.split(x_BLD)
+            condition_BSC = None if condition_BSC is None else self.shard.split_segments(condition_BSC)
+            applies = None if applies is None else self.shard.split(applies)
         modulation = condition_BSC
         if self.modulation is not None and condition_BSC is not None:
             modulation = self.modulation(F.silu(condition_BSC))
@@ -92,6 +97,8 @@ class Transformer(nn.Module):
             kept = self.recompute if torch.is_grad_enabled() else "none"
             x_BLD = recomputed(run, kept)(x_BLD, rotary, plan, modulation, applies)
         hidden_BLD = self._final_norm(x_BLD, condition_BSC, applies)
+        if self.shard is not None:
+            hidden_BLD = self.shard.join(hidden_BLD)
         return hidden_BLD if self.part is None else self.part.gather(hidden_BLD)
 
     def _dropout_streams(self, dropout: Stream | None, layer: int) -> tuple[Stream | None, Stream | None]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -24,11 +24,12 @@ from model.transformer import use_attention
 from ..config import OptimConfig, ParallelConfig, TrainConfig
 from ..freeze import freeze
 from ..parallel.blocks import divide_positions, prepare_blocks
+from ..parallel.gradient_sum import add_up
 from ..parallel.layout import SHARDING_UNITS
 from ..parallel.mesh import Mesh
-from ..parallel.tensor import divide_matrices
+from ..parallel.tensor import divide_matrices, partial_gradients
 from .base import Micro
-from .module import ModuleEngine, is_on_axis
+from .module import ModuleEngine, is_on_axis, local_part
 
 
 class FsdpEngine(ModuleEngine):
@@ -53,7 +54,7 @@ class FsdpEngine(ModuleEngine):
             made = MaskedDiffusion(model)
         use_attention(made, train.attention, mesh.device)
         freeze(made, train.freeze)
-        divide_positions(made, mesh.context)
+        divide_positions(made, mesh.context, mesh.tensor)
         prepare_blocks(made, recompute=train.recompute, compile_blocks=train.compile)
         devices, sharded, parts = mesh.devices, False, []
         if devices is not None:
@@ -75,6 +76,7 @@ class FsdpEngine(ModuleEngine):
             replicas=None if devices is None or sharded else devices["replicate"].get_group(),
             parts=parts,
         )
+        self.partial = partial_gradients(made)
 
     def forward_backward(self, micro: Micro, *, scale: float, last: bool) -> LossTerms:
         """See Engine."""
@@ -88,6 +90,15 @@ class FsdpEngine(ModuleEngine):
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # the root waits for a backward pass that does not come
         return terms if self.mesh.context.size == 1 else self._of_whole_rows(terms)
+
+    @torch.no_grad()
+    def reduce_and_clip(self, max_norm: float) -> Tensor:
+        """See Engine."""
+        gradients = [p.grad for p in map(self.parameters.__getitem__, self.partial) if p.grad is not None]
+        if gradients:
+            assert self.mesh.tensor.group is not None
+            add_up([local_part(gradient) for gradient in gradients], self.mesh.tensor.group)
+        return super().reduce_and_clip(max_norm)
 
     def _of_whole_rows(self, terms: LossTerms) -> LossTerms:
         """Sums of the processes that share a row."""

@@ -22,7 +22,9 @@ from ..parallel.mesh import Mesh
 from ..parallel.tensor import refuse_indivisible
 from .module import ModuleEngine
 
-PLACEMENTS: dict[Role, Placement] = {"column": Shard(0), "vocab": Shard(0), "row": Shard(1), "replicate": Replicate()}
+PLACEMENTS: dict[Role, Placement] = {"column": Shard(0), "vocab": Shard(0), "row": Shard(1)}
+"""Of what is divided; every process has all of the rest."""
+WHOLE = Replicate()
 
 
 class MegatronEngine(ModuleEngine):
@@ -43,7 +45,7 @@ class MegatronEngine(ModuleEngine):
         use_attention(made, train.attention, mesh.device)
         freeze(made, train.freeze)
         self.wholes = {name: p.detach() for name, p in made.named_parameters()}
-        self.placements = {name: PLACEMENTS[role_of(name)] if divisible else Replicate() for name in self.wholes}
+        self.placements = {name: PLACEMENTS.get(role_of(name), WHOLE) if divisible else WHOLE for name in self.wholes}
         self.tensor_axis = None if mesh.devices is None else mesh.devices["tensor"]
         if self.tensor_axis is not None:
             _divide(made, self.placements, self.tensor_axis)

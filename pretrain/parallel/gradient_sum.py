@@ -56,6 +56,11 @@ class GradientSum:
         self.sent.append(_Message([p.grad for p in bucket if p.grad is not None], self.group))
 
 
+def add_up(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums gradients over processes in one message."""
+    _Message(gradients, group).receive()
+
+
 class _Message:
     """Gradients on their way: a large one as it lies in memory, small ones in a copy."""
 

@@ -29,9 +29,13 @@ VADD = replace(MDLM, backbone=replace(MDLM.backbone, condition_dim=8, max_positi
 SYSTEMS = {
     "mdlm": MDLM,
     "untied": replace(MDLM, backbone=replace(MDLM.backbone, tie_embeddings=False, ffn="swiglu", norm="rmsnorm")),
+    "timed": replace(
+        MDLM, backbone=replace(MDLM.backbone, condition_dim=8, modulation="shared"), time_conditioning=True
+    ),
     "vadd": VADD,
     "block_vmd": replace(VADD, block_size=4),
     "prior": replace(VADD, block_size=4, latent=replace(LATENT, prior="earlier_blocks")),
+    "prior_x_t": replace(VADD, latent=replace(LATENT, prior="x_t")),
     "cadd": replace(MDLM, augmentation=AugmentationConfig(fusion="concat")),
     "all": replace(VADD, block_size=4, augmentation=AugmentationConfig(path="vp", fusion="reweight")),
 }

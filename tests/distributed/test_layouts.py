@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
-from tests.distributed.parity import SYSTEMS, backward, row_losses, whole_state
+from tests.distributed.parity import LENGTH, SYSTEMS, backward, micros, row_losses, whole_state
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +29,9 @@ LAYOUTS = {
     "context_tensor": (1, 1, 2, 2),
 }
 """Sizes of the axes: replicate, shard, context, tensor."""
+FEW = ("mdlm", "block_vmd", "cadd", "all")
+COVERED = {"tensor": tuple(SYSTEMS), "context_tensor": tuple(SYSTEMS), "sharded": (*FEW, "vadd", "prior", "untied")}
+"""Systems of a layout, where they are more than a few."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 Trace = list[tuple[float, float]]
 
@@ -44,7 +49,7 @@ def train(engine: FsdpEngine, system: str) -> Trace:
 
 def cases() -> Iterator[tuple[str, str, TrainConfig]]:
     for layout in LAYOUTS:
-        for system in SYSTEMS:
+        for system in COVERED.get(layout, FEW):
             yield layout, system, TrainConfig()
         yield layout, "mdlm", TrainConfig(precision="bf16")
         yield layout, "all", TrainConfig(recompute="selective")
@@ -56,9 +61,29 @@ def run_rank(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     meshes = {name: build_mesh(torch.device("cpu"), shape) for name, shape in LAYOUTS.items()}
     alone = {name: run(single_process(), name, TrainConfig()) for name in SYSTEMS}
+    for layout in ("tensor", "context_tensor"):
+        check_shards_of_positions(meshes[layout])
     for layout, system, settings in cases():
         check(run(meshes[layout], system, settings), alone[system], f"{layout}, {system}, {settings}", settings)
     dist.destroy_process_group()
+
+
+def check_shards_of_positions(mesh: Mesh) -> None:
+    """Norms see this process's positions, and each sublayer's rows are gathered once and scattered once, and back."""
+    model = SYSTEMS["vadd"]
+    engine = FsdpEngine(model, OptimConfig(), TrainConfig(), ParallelConfig(), mesh, seed=5)
+    seen: list[int] = []
+    for module in engine.model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1]))
+    micro, *_ = micros(mesh, model, 0, rows=ROWS)
+    with CommDebugMode() as counter:
+        engine.forward_backward(micro, scale=1.0, last=True)
+    num_blocks = model.backbone.num_layers + 1  # of the denoiser, and of the recognition network
+    assert seen == [LENGTH // (mesh.context.size * mesh.tensor.size)] * (2 * num_blocks + 2)
+    counts = counter.get_comm_counts()
+    functional = torch.ops.c10d_functional
+    assert counts[functional.all_gather_into_tensor] == counts[functional.reduce_scatter_tensor] == 4 * num_blocks
 
 
 def run(mesh: Mesh, system: str, settings: TrainConfig) -> tuple[Trace, list[float], dict[str, torch.Tensor]]:
