@@ -299,6 +299,7 @@ class Benchmark(StrEnum):
     step = "step"
     objectives = "objectives"
     checkpoint = "checkpoint"
+    scaling = "scaling"
     gpu = "gpu"
 
 
@@ -309,8 +310,9 @@ def bench(
         typer.Argument(
             help="head: loss and gradient of the head; step: a training step against transformers' Qwen2; "
             "objectives: hints, latents and blocks against plain masked diffusion, in training and sampling; "
-            "checkpoint: how long a save keeps training waiting; gpu: a model of 1.5 billion parameters on a GPU, by "
-            "attention kernel, compilation and recomputation."
+            "checkpoint: how long a save keeps training waiting; "
+            "scaling: two processes that train together against two that train alone; "
+            "gpu: a model of 1.5 billion parameters on a GPU, by attention kernel, compilation and recomputation."
         ),
     ],
     json: JsonFile = None,

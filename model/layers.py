@@ -14,10 +14,10 @@ from .attention import AttentionPlan, KVCache, attend
 from .config import TransformerConfig
 from .noise import Stream
 from .rope import rotate
-from .sequence import SequencePart
+from .sequence import Span
 
 
-def dropout(x_BLD: Tensor, rate: float, stream: Stream | None, part: SequencePart | None = None) -> Tensor:
+def dropout(x_BLD: Tensor, rate: float, stream: Stream | None, part: Span | None = None) -> Tensor:
     """Zeroes elements with probability `rate`, keyed by sample, so recomputation and resharding repeat the mask."""
     if stream is None or rate == 0.0:
         return x_BLD
@@ -90,7 +90,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.part: SequencePart | None = None
+        self.part: Span | None = None
         self.gates, self.num_modulated = config.gates, config.num_modulated
         self.attention_norm = make_norm(config, config.dim, affine=config.affine)
         self.attention = Attention(config, layer)

@@ -7,7 +7,7 @@ Shapes: M rows, D width, V vocabulary (the local part of it under a vocab-parall
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,22 @@ class VocabularySlice:
     group: dist.ProcessGroup
     first: int
     total: int
+
+
+class LinearCrossEntropy(Protocol):
+    """Head and cross-entropy in one, without the logits of all rows; an engine may bring its own."""
+
+    def __call__(
+        self,
+        hidden_MD: Tensor,
+        head_VD: Tensor,
+        targets_M: Tensor,
+        weight_M: Tensor,
+        *,
+        forbidden: int | None = None,
+        part: VocabularySlice | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See masked_linear_cross_entropy."""
 
 
 def masked_linear_cross_entropy(

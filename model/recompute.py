@@ -25,8 +25,9 @@ _DEAR = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
-"""Products and attention: nearly all of the time, and not the most of the memory."""
+"""Products, attention and sums over processes: nearly all of the time, and not the most of the memory."""
 
 
 def recomputed(block: Callable[..., Tensor], recompute: Recompute) -> Callable[..., Tensor]:

@@ -1,12 +1,16 @@
-"""The part of every row that one of several processes computes (context parallel).
+"""Rows whose positions several processes divide among them, as a trunk's own business.
 
 A trunk takes its part of the positions on the way in and gathers the others' on the way out, so that everything around
-it sees whole rows: pooling over a row needs no second thought, and only losses are divided once more, by masked row.
-Inside, queries are the part's own, keys and values are gathered.
+it sees whole rows: pooling over a row needs no second thought, nor does the choice of rows for the head.
 
-Shapes: B sequences, L positions of a whole row, P positions of a part; "..." any.
+Context parallel: all of a trunk's work is divided, and so are the losses, once more, by masked row. Inside, queries are
+the part's own, keys and values are gathered. Sequence parallel, where processes divide the matrices of a trunk (tensor
+parallel): what lies between the products is divided, and losses are not. Both at once: parts are divided again.
+
+Shapes: B sequences, L positions of a whole row, P positions of a part, S segments; "..." any.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +21,14 @@ from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
-class SequencePart:
-    """A contiguous part of the positions.
+class Span:
+    """One of several contiguous parts of the positions, all of one length.
 
     Args:
-        group: the processes that share the rows.
-        rank: which of the parts this process computes.
+        rank: which of them.
         size: how many there are.
     """
 
-    group: dist.ProcessGroup
     rank: int
     size: int
 
@@ -38,8 +40,8 @@ class SequencePart:
         """
         if length % self.size:
             raise ValueError(
-                f"{length} positions or blocks do not divide among {self.size} context-parallel processes: "
-                "change parallel.context, data.length or model.block_size"
+                f"{length} positions or blocks do not divide among {self.size} processes: "
+                "change data.length, model.block_size, parallel.context or parallel.tensor"
             )
         width = length // self.size
         return slice(self.rank * width, (self.rank + 1) * width)
@@ -48,20 +50,56 @@ class SequencePart:
         """[B, L, ...] to [B, P, ...]; what is one for all positions [B, 1, ...] stays."""
         return x if x.shape[1] == 1 else x[:, self.span(x.shape[1])]
 
+
+@dataclass(frozen=True)
+class SequencePart(Span):
+    """A part of a row that one of several processes computes, to the loss (context parallel)."""
+
+    group: dist.ProcessGroup
+
     def gather(self, x: Tensor) -> Tensor:
         """[B, P, ...] of every process to [B, L, ...]; gradients that the processes have for a part add up."""
         gathered: Tensor = _Gather.apply(x, self)
         return gathered
 
 
+@dataclass(frozen=True)
+class SequenceShard(Span):
+    """A part of a row between the products of a trunk whose matrices the processes divide (sequence parallel).
+
+    Before and after the trunk all of them compute the same, gradients included.
+    """
+
+    group: dist.ProcessGroup
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, ...] to [B, P, ...]; the gradient is put together from all parts."""
+        part: Tensor = _Split.apply(x, self)
+        return part
+
+    def split_segments(self, x: Tensor) -> Tensor:
+        """[B, S, ...] to that of the segments of the part, each repeated where parts divide it."""
+        return self.split(x.repeat_interleave(self.size // math.gcd(x.shape[1], self.size), dim=1))
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B, P, ...] of every process to [B, L, ...]."""
+        whole: Tensor = _Join.apply(x, self)
+        return whole
+
+
+def _all_parts(x: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+    """[B, P, ...] of every process to [B, L, ...]."""
+    moved = x.transpose(0, 1).contiguous()
+    whole = moved.new_empty(size * moved.shape[0], *moved.shape[1:])
+    dist.all_gather_into_tensor(whole, moved, group=group)
+    return whole.transpose(0, 1)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: SequencePart) -> Tensor:
         ctx.part = part
-        moved = x.transpose(0, 1).contiguous()
-        whole = moved.new_empty(part.size * moved.shape[0], *moved.shape[1:])
-        dist.all_gather_into_tensor(whole, moved, group=part.group)
-        return whole.transpose(0, 1)
+        return _all_parts(x, part.size, part.group)
 
     @staticmethod
     @once_differentiable
@@ -70,3 +108,27 @@ class _Gather(torch.autograd.Function):
         own = whole.new_empty(whole.shape[0] // ctx.part.size, *whole.shape[1:])
         dist.reduce_scatter_tensor(own, whole, group=ctx.part.group)
         return own.transpose(0, 1), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:
+        ctx.shard = shard
+        return x[:, shard.span(x.shape[1])].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_parts(gradient, ctx.shard.size, ctx.shard.group), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:
+        ctx.shard = shard
+        return _all_parts(x, shard.size, shard.group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[:, ctx.shard.span(gradient.shape[1])].contiguous(), None

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from .attention import AttentionName, KVCache, prepare, refuse_device
 from .config import TransformerConfig
 from .layers import Block, TimeEmbedding, make_norm, modulate
-from .losses import VocabularySlice, masked_linear_cross_entropy
+from .losses import LinearCrossEntropy, VocabularySlice, masked_linear_cross_entropy
 from .masks import MaskSpec
 from .noise import Stream
 from .recompute import Recompute, recomputed
 from .rope import rotary_tables
-from .sequence import SequencePart
+from .sequence import SequencePart, SequenceShard
 
 
 class Transformer(nn.Module):
@@ -30,7 +30,9 @@ class Transformer(nn.Module):
         self.recompute: Recompute = "none"
         self.attention_backend: AttentionName = "sdpa"
         self.vocabulary: VocabularySlice | None = None
+        self.linear_cross_entropy: LinearCrossEntropy = masked_linear_cross_entropy
         self.part: SequencePart | None = None
+        self.shard: SequenceShard | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.place = nn.Embedding(config.max_positions, config.dim) if config.max_positions else None
         self.time = TimeEmbedding(config.condition_dim) if time_conditioning else None
@@ -83,6 +85,10 @@ class Transformer(nn.Module):
             condition_BSC = None if condition_BSC is None else self.part.take(condition_BSC)
             applies = None if applies is None else self.part.take(applies)
         rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
+        if self.shard is not None:
+            x_BLD = self.shard.split(x_BLD)
+            condition_BSC = None if condition_BSC is None else self.shard.split_segments(condition_BSC)
+            applies = None if applies is None else self.shard.split(applies)
         modulation = condition_BSC
         if self.modulation is not None and condition_BSC is not None:
             modulation = self.modulation(F.silu(condition_BSC))
@@ -91,6 +97,8 @@ class Transformer(nn.Module):
             kept = self.recompute if torch.is_grad_enabled() else "none"
             x_BLD = recomputed(run, kept)(x_BLD, rotary, plan, modulation, applies)
         hidden_BLD = self._final_norm(x_BLD, condition_BSC, applies)
+        if self.shard is not None:
+            hidden_BLD = self.shard.join(hidden_BLD)
         return hidden_BLD if self.part is None else self.part.gather(hidden_BLD)
 
     def _dropout_streams(self, dropout: Stream | None, layer: int) -> tuple[Stream | None, Stream | None]:
@@ -115,7 +123,7 @@ class Transformer(nn.Module):
         self, hidden_MD: Tensor, rows_M: Tensor, targets_M: Tensor, weight_M: Tensor, *, forbidden: int
     ) -> tuple[Tensor, Tensor]:
         """Head and loss in one, without their logits; see masked_linear_cross_entropy."""
-        return masked_linear_cross_entropy(
+        return self.linear_cross_entropy(
             hidden_MD, self.head_weight(), targets_M, weight_M, forbidden=forbidden, part=self.vocabulary
         )
 

@@ -203,9 +203,9 @@ class ParallelConfig(Settings):
     """How replicate x shard x context x tensor processes divide the work; the shard axis takes what is left."""
 
     replicate: int = 1
-    """Groups of processes that hold a whole model each (HSDP); within a group it is sharded."""
+    """Groups of processes that hold a whole model each (HSDP); with as many groups as processes nothing is sharded."""
     tensor: int = 1
-    """Processes that divide every matrix among them (tensor parallel)."""
+    """Processes that divide every matrix among them (tensor parallel); with fsdp, the positions in between too."""
     context: int = 1
     """Processes that divide the positions of a row among them (context parallel)."""
     zero_stage: Literal[1, 2, 3] = 3
@@ -385,12 +385,24 @@ class RunConfig(Settings):
                 )
         elif self.engine == "megatron":
             legal |= {"parallel.replicate": 1, "parallel.context": 1, "parallel.offload": False, "train.compile": False}
+        else:
+            yield from self._division_problems()
         for key, wanted in legal.items():
             group, name = key.split(".")
             if (value := getattr(getattr(self, group), name)) != wanted:
                 other = "deepspeed" if name == "zero_stage" else "fsdp"
                 said, right = str(value).lower(), str(wanted).lower()
                 yield f"{key}={said} does not go with engine={self.engine}: set {key}={right}, or engine={other}"
+
+    def _division_problems(self) -> Iterator[str]:
+        """Positions that do not divide; blocks are read in two streams, which are divided as one."""
+        context, tensor, length = self.parallel.context, self.parallel.tensor, self.data.length
+        positions = 2 * length if self.model.block_size else length
+        if context * tensor > 1 and positions % (context * tensor):
+            yield (
+                f"data.length={length} does not divide among parallel.context={context} x parallel.tensor={tensor} "
+                f"processes: use a multiple of {context * tensor}, or smaller axes"
+            )
 
     def _freeze_problems(self) -> Iterator[str]:
         for pattern in self.train.freeze:

@@ -5,7 +5,7 @@ from torch import nn
 from model.latent import EarlierBlocksPrior
 from model.layers import Block
 from model.recompute import Recompute
-from model.sequence import SequencePart
+from model.sequence import SequencePart, SequenceShard, Span
 from model.transformer import Transformer
 
 from .mesh import Axis
@@ -20,15 +20,20 @@ def prepare_blocks(model: nn.Module, *, recompute: Recompute, compile_blocks: bo
             module.compile()
 
 
-def divide_positions(model: nn.Module, context: Axis) -> None:
-    """Gives every trunk over positions its part of them; a prior over the latents of blocks stays whole."""
-    if context.group is None or context.size == 1:
-        return
-    part = SequencePart(context.group, context.rank, context.size)
+def divide_positions(model: nn.Module, context: Axis, tensor: Axis) -> None:
+    """Gives every trunk over positions its part of them, and of that its shard between the products.
+
+    A prior over the latents of blocks, whose rows grow block by block, stays whole.
+    """
     whole = {module.trunk for module in model.modules() if isinstance(module, EarlierBlocksPrior)}
     for trunk in model.modules():
-        if isinstance(trunk, Transformer) and trunk not in whole:
-            trunk.part = part
-            for block in trunk.blocks:
-                assert isinstance(block, Block)
-                block.part = part
+        if not isinstance(trunk, Transformer) or trunk in whole:
+            continue
+        if context.group is not None and context.size > 1:
+            trunk.part = SequencePart(context.rank, context.size, context.group)
+        if tensor.group is not None and tensor.size > 1:
+            trunk.shard = SequenceShard(tensor.rank, tensor.size, tensor.group)
+        for block in trunk.blocks:
+            assert isinstance(block, Block)
+            if trunk.part is not None or trunk.shard is not None:
+                block.part = Span(context.rank * tensor.size + tensor.rank, context.size * tensor.size)

@@ -1,12 +1,14 @@
 """The declarative layout of the transformer: which dimension of which parameter a tensor-parallel engine splits.
 
-column: outputs (dimension 0); row: inputs (dimension 1); vocab: token rows (dimension 0); replicate: nothing.
+column: outputs (dimension 0); row: inputs (dimension 1); vocab: token rows (dimension 0); replicate: nothing;
+sequence: nothing, but it acts between the products, where processes may divide the positions: each then has a part of
+its gradient.
 """
 
 import re
 from typing import Literal
 
-Role = Literal["column", "row", "vocab", "replicate"]
+Role = Literal["column", "row", "vocab", "replicate", "sequence"]
 
 TRUNK = r"(denoiser|latent\.(recognition|prior)\.trunk)\."
 
@@ -18,8 +20,8 @@ LAYOUT: tuple[tuple[str, Role], ...] = (
     (TRUNK + r"blocks\.\d+\.attention\.out\.weight", "row"),
     (TRUNK + r"blocks\.\d+\.ffn\.(gate|up)\.weight", "column"),
     (TRUNK + r"blocks\.\d+\.ffn\.down\.weight", "row"),
-    (TRUNK + r"(blocks\.\d+\.)?(attention_|ffn_)?norm\.(weight|bias)", "replicate"),
-    (TRUNK + r"(blocks\.\d+\.|final_)?modulation\.(weight|bias)", "replicate"),
+    (TRUNK + r"(blocks\.\d+\.)?(attention_|ffn_)?norm\.(weight|bias)", "sequence"),
+    (TRUNK + r"(blocks\.\d+\.|final_)?modulation\.(weight|bias)", "sequence"),
     (TRUNK + r"time\.(inner|outer)\.(weight|bias)", "replicate"),
     (r"latent\.(recognition|prior)\.(mark|pool\.score|project|head\.(mean|log_std))\.(weight|bias)", "replicate"),
     (r"latent\.embedding\.(inner|outer)\.(weight|bias)", "replicate"),

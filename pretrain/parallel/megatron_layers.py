@@ -23,7 +23,7 @@ from model.losses import VocabularySlice
 from model.transformer import Transformer
 
 from .layout import role_of
-from .megatron_loss import VocabParallelTransformer
+from .megatron_loss import vocab_parallel_linear_cross_entropy
 
 SETTINGS = ModelParallelConfig(
     perform_initialization=False, use_cpu_initialization=True, gradient_accumulation_fusion=False
@@ -142,7 +142,7 @@ def _divide_vocabulary(model: MaskedDiffusion, group: ProcessGroup) -> None:
     for trunk in model.modules():
         if isinstance(trunk, Transformer) and isinstance(trunk.embed, VocabEmbedding):
             trunk.vocabulary = part
-    model.denoiser.__class__ = VocabParallelTransformer
+            trunk.linear_cross_entropy = vocab_parallel_linear_cross_entropy
 
 
 def refuse_empty_parts(config: ModelConfig, size: int) -> None:

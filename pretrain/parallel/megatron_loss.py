@@ -17,20 +17,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.losses import CHUNK_BYTES, VocabularySlice
-from model.transformer import Transformer
-
-
-class VocabParallelTransformer(Transformer):
-    """A transformer whose rows are scored by Megatron's cross-entropy."""
-
-    def cross_entropy(
-        self, hidden_MD: Tensor, rows_M: Tensor, targets_M: Tensor, weight_M: Tensor, *, forbidden: int
-    ) -> tuple[Tensor, Tensor]:
-        """See Denoiser."""
-        assert self.vocabulary is not None
-        return vocab_parallel_linear_cross_entropy(
-            hidden_MD, self.head_weight(), targets_M, weight_M, forbidden=forbidden, part=self.vocabulary
-        )
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -39,8 +25,8 @@ def vocab_parallel_linear_cross_entropy(
     targets_M: Tensor,
     weight_M: Tensor,
     *,
-    forbidden: int,
-    part: VocabularySlice,
+    forbidden: int | None = None,
+    part: VocabularySlice | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """What masked_linear_cross_entropy computes, by Megatron's functions; its group is that of the parallel state.
@@ -51,9 +37,10 @@ def vocab_parallel_linear_cross_entropy(
         targets_M: global token ids.
         weight_M: weights; rows of weight 0 are padding.
         forbidden: global id that can not be predicted.
-        part: where the rows of the head lie.
+        part: where the rows of the head lie; Megatron's always have a place.
         chunk_bytes: size of a chunk's float32 logits.
     """
+    assert part is not None
     device = hidden_MD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -99,7 +86,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _cross_entropy(
-    hidden_RD: Tensor, head_VD: Tensor, targets_R: Tensor, forbidden: int, part: VocabularySlice
+    hidden_RD: Tensor, head_VD: Tensor, targets_R: Tensor, forbidden: int | None, part: VocabularySlice
 ) -> Tensor:
     """Cross-entropies [R] of one chunk; the gradient of its hidden states is summed over the processes."""
     logits_RV = linear_with_grad_accumulation_and_async_allreduce(
@@ -112,7 +99,7 @@ def _cross_entropy(
         tp_group=part.group,
     )
     logits_RV = F.pad(logits_RV, (0, _columns(part) - head_VD.shape[0]), value=-torch.inf)
-    if part.first <= forbidden < part.first + head_VD.shape[0]:
+    if forbidden is not None and part.first <= forbidden < part.first + head_VD.shape[0]:
         logits_RV[:, forbidden - part.first] = -torch.inf
     ce_R: Tensor = vocab_parallel_cross_entropy(logits_RV, targets_R)
     return ce_R

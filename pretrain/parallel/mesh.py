@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def _meeting_place(environ: Mapping[str, str]) -> tuple[dist.Store, int, int]:
 
 def build_mesh(device: torch.device, shape: tuple[int, int, int, int]) -> Mesh:
     """The mesh of an initialised process group, its sizes in the order of AXES."""
+    warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # as the axes of COMBINED are meant to be
     devices = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     flat = {name: devices[axes]._flatten(name) for name, axes in COMBINED.items()}
     return Mesh(

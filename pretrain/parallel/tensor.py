@@ -1,12 +1,24 @@
-"""Tensor parallel by DTensor: the declarative layout as styles of torch.distributed.tensor.parallel."""
+"""Tensor and sequence parallel by DTensor: the declarative layout as styles of torch.distributed.tensor.parallel.
+
+Between the products of a trunk over positions each process has its shard of them (norms, dropout, residuals): rows are
+gathered once before a sublayer's column products and scattered as its row product is summed. That moves as much as
+summing whole rows would, and keeps a fraction of them, so there is no tensor parallel without it.
+"""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from model.config import ModelConfig, TransformerConfig, recognition_backbone
 from model.diffusion import MaskedDiffusion
+from model.layers import Attention, FeedForward
 from model.losses import VocabularySlice
 from model.transformer import Transformer
 
@@ -28,18 +40,41 @@ def divide_matrices(model: MaskedDiffusion, tensor: DeviceMesh) -> None:
 
 def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {}
-    for name, module in model.named_modules():
+    for prefix, trunk in model.named_modules():
+        if isinstance(trunk, Transformer):
+            plan |= {f"{prefix}.{name}": style for name, style in _trunk_plan(prefix, trunk).items()}
+    return plan
+
+
+def _trunk_plan(prefix: str, trunk: Transformer) -> dict[str, ParallelStyle]:
+    """By names within the trunk; where it divides positions, a sublayer gathers its input, the first of several."""
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in trunk.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter):
-            continue
-        role = role_of(f"{name}.weight")
+        role = role_of(f"{prefix}.{name}.weight") if isinstance(weight, nn.Parameter) else None
         if role == "column":
             plan[name] = ColwiseParallel()
         elif role == "row":
-            plan[name] = RowwiseParallel()
+            plan[name] = RowwiseParallel(output_layouts=Replicate() if trunk.shard is None else Shard(1))
         elif role == "vocab" and isinstance(module, nn.Embedding):
             plan[name] = RowwiseParallel(input_layouts=Replicate())
+        elif isinstance(module, Attention | FeedForward) and trunk.shard is not None:
+            others = (None,) * (3 if isinstance(module, Attention) else 0)
+            plan[name] = PrepareModuleInput(
+                input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others)
+            )
     return plan
+
+
+def partial_gradients(model: nn.Module) -> list[str]:
+    """Parameters of which each process of the tensor axis has the gradient of its shard of the positions only."""
+    return [
+        f"{prefix}.{name}"
+        for prefix, trunk in model.named_modules()
+        if isinstance(trunk, Transformer) and trunk.shard is not None
+        for name, _ in trunk.named_parameters()
+        if role_of(f"{prefix}.{name}") == "sequence"
+    ]
 
 
 def _divide_head(trunk: Transformer, tensor: DeviceMesh) -> None:

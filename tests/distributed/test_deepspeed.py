@@ -15,41 +15,26 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from model.batch import Batch
-from model.config import AugmentationConfig, LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
-from model.corruption import corrupt
-from model.diffusion import StepSchedule
-from model.noise import NoiseKey
+from model.config import AugmentationConfig, ModelConfig, RecognitionConfig
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines import zero_setup
-from pretrain.engines.base import Engine, Micro
+from pretrain.engines.base import Engine
 from pretrain.engines.deepspeed import DeepSpeedEngine
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
+from tests.distributed.parity import LATENT, MDLM, VADD, backward, row_losses, whole_state
 
-ROWS, LENGTH, VOCAB, STEPS, HALF = 16, 16, 21, 20, 10
+ROWS, STEPS, HALF = 16, 20, 10
 SKIPPED, BROKEN = 7, 12
 """Steps whose update is skipped: one that could have been taken, and one whose gradient is not a number."""
 
-MDLM = ModelConfig(
-    backbone=TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, dropout=0.1),
-    vocab_size=VOCAB,
-    mask_id=VOCAB - 1,
-)
-VADD = replace(
-    MDLM,
-    backbone=replace(MDLM.backbone, condition_dim=8, max_positions=LENGTH),
-    latent=LatentConfig(dim=3, recognition=RecognitionConfig(num_layers=1, pool="gated")),
-)
+UNEVEN = replace(LATENT, dim=3)
 SYSTEMS = {
     "mdlm": MDLM,
-    "vadd": VADD,
+    "vadd": replace(VADD, latent=UNEVEN),
     "block_vmd": replace(
-        VADD,
-        block_size=4,
-        latent=LatentConfig(dim=3, recognition=RecognitionConfig(num_layers=1, marks="added")),
+        VADD, block_size=4, latent=replace(UNEVEN, recognition=RecognitionConfig(num_layers=1, marks="added"))
     ),
     "cadd": replace(
         MDLM,
@@ -113,67 +98,37 @@ class Record:
     end: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def micros(mesh: Mesh, model: ModelConfig, step: int) -> list[Micro]:
-    """This rank's rows of the step's batch, as two micro-batches or, on odd steps, one."""
-    generator = torch.Generator().manual_seed(step)
-    whole = Batch(
-        tokens_BL=torch.randint(VOCAB - 1, (ROWS, LENGTH), generator=generator),
-        maskable_BL=torch.rand(ROWS, LENGTH, generator=generator) < 0.9,
-        document_BL=(torch.arange(LENGTH) >= 8).int().expand(ROWS, LENGTH),
-        positions_BL=torch.arange(LENGTH).remainder(8).expand(ROWS, LENGTH),
-        index_B=torch.arange(ROWS) + step * ROWS,
-    )
-    share = ROWS // mesh.data.size
-    mine = whole.rows(mesh.data.rank * share, (mesh.data.rank + 1) * share)
-    corruption = corrupt(mine, NoiseKey(3, step, mine.index_B), model)
-    return Micro(mine, corruption, StepSchedule(kl_weight=0.7)).split(share // 2 if step % 2 == 0 else share)
-
-
 def train(engine: Engine, model: ModelConfig, steps: Sequence[int]) -> list[tuple[float, float]]:
     """Loss per position and gradient norm of every step."""
-    trace, mesh = [], engine.mesh
+    trace = []
     for step in steps:
-        parts = micros(mesh, model, step)
-        (count,) = mesh.data.all_reduce([sum(m.corruption.divisor for m in parts)])
-        scale = float("nan") if step == BROKEN else 1 / count
-        terms = [engine.forward_backward(m, scale=scale, last=m is parts[-1]) for m in parts]
+        parts = 2 if step % 2 == 0 else 1
+        factor = float("nan") if step == BROKEN else 1.0
+        loss = backward(engine, model, step, rows=ROWS, parts=parts, factor=factor)
         norm = engine.reduce_and_clip(0.5)
         take = torch.isfinite(norm).float() * (step != SKIPPED)
         engine.step(lr=1e-3, take=take)
         engine.update_ema(0.8, take=take)
-        (loss,) = mesh.sums.all_reduce([sum(float(t.loss) for t in terms)])
-        trace.append((loss / count, float(norm)))
+        trace.append((loss, float(norm)))
         assert bool(torch.isfinite(norm)) == (step != BROKEN)
     return trace
 
 
 def evaluated(engine: Engine, model: ModelConfig, *, averaged: bool) -> list[float]:
     """The loss of every row, gathered in order."""
-    mesh = engine.mesh
     with engine.ema() if averaged else nullcontext():
-        rows = torch.cat([engine.evaluate(m).loss_B for m in micros(mesh, model, 99)]).double()
-    place = torch.zeros(ROWS, dtype=torch.float64)
-    place[mesh.data.rank * len(rows) : (mesh.data.rank + 1) * len(rows)] = rows
-    return mesh.data.all_reduce(place.tolist())
-
-
-def whole(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """An engine's state, gathered."""
-    return {
-        group: {n: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for n, p in named.items()}
-        for group, named in engine.state_dict().items()
-    }
+        return row_losses(engine, model, rows=ROWS)
 
 
 def record(engine: Engine, model: ModelConfig) -> Record:
     """Trains from the beginning to the end."""
     found = Record(train(engine, model, range(HALF)))
     if engine.mesh is ALONE:
-        found.half = whole(engine)
+        found.half = whole_state(engine)
     found.trace += train(engine, model, range(HALF, STEPS))
     found.averaged = evaluated(engine, model, averaged=True)
     found.current = evaluated(engine, model, averaged=False)
-    found.end = whole(engine)
+    found.end = whole_state(engine)
     return found
 
 
@@ -225,7 +180,7 @@ def check_round_trip(case: Case, mesh: Mesh) -> None:
     model, wanted = SYSTEMS[case.system], reference(case.system, case.train, ALONE)
     engine = deepspeed_engine(case, mesh)
     engine.load_state_dict(wanted.half, num_updates=HALF - 1)
-    loaded = whole(engine)
+    loaded = whole_state(engine)
     for group, named in wanted.half.items():
         for name, tensor in named.items():
             assert torch.equal(loaded[group][name], tensor), f"{case}: {group} of {name}"
@@ -233,8 +188,8 @@ def check_round_trip(case: Case, mesh: Mesh) -> None:
     for ours, theirs in zip(trace, wanted.trace[HALF:], strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-4), f"{case}: half-way"
     back = FsdpEngine(model, OptimConfig(), case.train, ParallelConfig(), ALONE, seed=6)
-    back.load_state_dict(whole(engine), num_updates=STEPS - 2)
-    same(whole(back), wanted.end, f"{case}: back")
+    back.load_state_dict(whole_state(engine), num_updates=STEPS - 2)
+    same(whole_state(back), wanted.end, f"{case}: back")
     straight = FsdpEngine(model, OptimConfig(), case.train, ParallelConfig(), ALONE, seed=7)
     straight.load_state_dict(copy.deepcopy(wanted.end), num_updates=STEPS - 2)
     later = range(STEPS, STEPS + 3)

@@ -2,102 +2,54 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
-from model.batch import Batch
-from model.config import AugmentationConfig, LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
-from model.corruption import corrupt
-from model.diffusion import StepSchedule
-from model.noise import NoiseKey
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
-from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
+from tests.distributed.parity import LENGTH, SYSTEMS, backward, micros, row_losses, whole_state
 
 pytestmark = pytest.mark.slow
 
-WORLD, ROWS, LENGTH, VOCAB, STEPS = 4, 8, 16, 21, 5
+WORLD, ROWS, STEPS = 4, 8, 5
 LAYOUTS = {
     "sharded": (1, 4, 1, 1),
-    "replicated": (2, 2, 1, 1),
+    "replicated": (4, 1, 1, 1),
+    "hybrid": (2, 2, 1, 1),
     "tensor": (1, 2, 1, 2),
     "replicated_tensor": (2, 1, 1, 2),
     "context": (1, 2, 2, 1),
     "context_tensor": (1, 1, 2, 2),
 }
 """Sizes of the axes: replicate, shard, context, tensor."""
-
-MDLM = ModelConfig(
-    backbone=TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, dropout=0.1),
-    vocab_size=VOCAB,
-    mask_id=VOCAB - 1,
-)
-VADD = replace(
-    MDLM,
-    backbone=replace(MDLM.backbone, condition_dim=8, max_positions=LENGTH),
-    latent=LatentConfig(dim=4, recognition=RecognitionConfig(num_layers=1, pool="gated")),
-)
-SYSTEMS = {
-    "mdlm": MDLM,
-    "untied": replace(MDLM, backbone=replace(MDLM.backbone, tie_embeddings=False, ffn="swiglu", norm="rmsnorm")),
-    "vadd": VADD,
-    "block_vmd": replace(VADD, block_size=4),
-    "prior": replace(VADD, block_size=4, latent=replace(VADD.latent, prior="earlier_blocks")),  # type: ignore[type-var]
-    "cadd": replace(MDLM, augmentation=AugmentationConfig(fusion="concat")),
-    "all": replace(VADD, block_size=4, augmentation=AugmentationConfig(path="vp", fusion="reweight")),
-}
+FEW = ("mdlm", "block_vmd", "cadd", "all")
+COVERED = {"tensor": tuple(SYSTEMS), "context_tensor": tuple(SYSTEMS), "sharded": (*FEW, "vadd", "prior", "untied")}
+"""Systems of a layout, where they are more than a few."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 Trace = list[tuple[float, float]]
 
 
-def micros(mesh: Mesh, model: ModelConfig, step: int) -> list[Micro]:
-    """This rank's rows of the step's batch, as two micro-batches, the second row shorter in documents."""
-    generator = torch.Generator().manual_seed(step)
-    whole = Batch(
-        tokens_BL=torch.randint(VOCAB - 1, (ROWS, LENGTH), generator=generator),
-        maskable_BL=torch.rand(ROWS, LENGTH, generator=generator) < 0.9,
-        document_BL=(torch.arange(LENGTH) >= 8).int().expand(ROWS, LENGTH),
-        positions_BL=torch.arange(LENGTH).remainder(8).expand(ROWS, LENGTH),
-        index_B=torch.arange(ROWS) + step * ROWS,
-    )
-    share = ROWS // mesh.data.size
-    mine = whole.rows(mesh.data.rank * share, (mesh.data.rank + 1) * share)
-    corruption = corrupt(mine, NoiseKey(3, step, mine.index_B), model)
-    return Micro(mine, corruption, StepSchedule(kl_weight=0.7)).split(share // 2)
-
-
-def train(engine: FsdpEngine, mesh: Mesh, model: ModelConfig) -> Trace:
+def train(engine: FsdpEngine, system: str) -> Trace:
     """Loss per position and gradient norm of every step."""
     trace: Trace = []
     for step in range(STEPS):
-        parts = micros(mesh, model, step)
-        (count,) = mesh.data.all_reduce([sum(m.corruption.divisor for m in parts)])
-        terms = [engine.forward_backward(m, scale=1 / count, last=m is parts[-1]) for m in parts]
+        loss = backward(engine, SYSTEMS[system], step, rows=ROWS)
         norm = engine.reduce_and_clip(1.0)
         engine.step(lr=1e-2, take=torch.ones(()))
-        (loss,) = mesh.sums.all_reduce([sum(float(t.loss) for t in terms)])
-        trace.append((loss / count, float(norm)))
+        trace.append((loss, float(norm)))
     return trace
-
-
-def evaluated(engine: FsdpEngine, mesh: Mesh, model: ModelConfig) -> list[float]:
-    """The loss of every row, gathered in order."""
-    rows = torch.cat([engine.evaluate(m).loss_B for m in micros(mesh, model, 99)]).double()
-    place = torch.zeros(ROWS, dtype=torch.float64)
-    place[mesh.data.rank * len(rows) : (mesh.data.rank + 1) * len(rows)] = rows
-    return mesh.data.all_reduce(place.tolist())
 
 
 def cases() -> Iterator[tuple[str, str, TrainConfig]]:
     for layout in LAYOUTS:
-        for system in SYSTEMS:
+        for system in COVERED.get(layout, FEW):
             yield layout, system, TrainConfig()
         yield layout, "mdlm", TrainConfig(precision="bf16")
         yield layout, "all", TrainConfig(recompute="selective")
@@ -109,18 +61,36 @@ def run_rank(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     meshes = {name: build_mesh(torch.device("cpu"), shape) for name, shape in LAYOUTS.items()}
     alone = {name: run(single_process(), name, TrainConfig()) for name in SYSTEMS}
+    for layout in ("tensor", "context_tensor"):
+        check_shards_of_positions(meshes[layout])
     for layout, system, settings in cases():
         check(run(meshes[layout], system, settings), alone[system], f"{layout}, {system}, {settings}", settings)
     dist.destroy_process_group()
 
 
+def check_shards_of_positions(mesh: Mesh) -> None:
+    """Norms see this process's positions, and each sublayer's rows are gathered once and scattered once, and back."""
+    model = SYSTEMS["vadd"]
+    engine = FsdpEngine(model, OptimConfig(), TrainConfig(), ParallelConfig(), mesh, seed=5)
+    seen: list[int] = []
+    for module in engine.model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1]))
+    micro, *_ = micros(mesh, model, 0, rows=ROWS)
+    with CommDebugMode() as counter:
+        engine.forward_backward(micro, scale=1.0, last=True)
+    num_blocks = model.backbone.num_layers + 1  # of the denoiser, and of the recognition network
+    assert seen == [LENGTH // (mesh.context.size * mesh.tensor.size)] * (2 * num_blocks + 2)
+    counts = counter.get_comm_counts()
+    functional = torch.ops.c10d_functional
+    assert counts[functional.all_gather_into_tensor] == counts[functional.reduce_scatter_tensor] == 4 * num_blocks
+
+
 def run(mesh: Mesh, system: str, settings: TrainConfig) -> tuple[Trace, list[float], dict[str, torch.Tensor]]:
     """Trace, evaluation and final weights."""
-    model = SYSTEMS[system]
-    engine = FsdpEngine(model, OptimConfig(), settings, ParallelConfig(), mesh, seed=5)
-    trace, rows = train(engine, mesh, model), evaluated(engine, mesh, model)
-    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in engine.state_dict()["model"].items()}
-    return trace, rows, weights
+    engine = FsdpEngine(SYSTEMS[system], OptimConfig(), settings, ParallelConfig(), mesh, seed=5)
+    trace, rows = train(engine, system), row_losses(engine, SYSTEMS[system], rows=ROWS)
+    return trace, rows, whole_state(engine)["model"]
 
 
 def check(found, wanted, case: str, settings: TrainConfig) -> None:  # type: ignore[no-untyped-def]

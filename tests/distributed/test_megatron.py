@@ -1,4 +1,4 @@
-"""Megatron on one and two processes computes what FSDP does alone, and reads and writes its checkpoints."""
+"""Megatron on one, two and four processes computes what FSDP does alone, and reads and writes its checkpoints."""
 
 import os
 import sys
@@ -11,45 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from model.batch import Batch
-from model.config import AugmentationConfig, LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
-from model.corruption import corrupt
-from model.diffusion import StepSchedule
 from model.losses import VocabularySlice, masked_linear_cross_entropy
-from model.noise import NoiseKey
 from pretrain.checkpoint.load import resume
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, validate
 from pretrain.engines import make_engine
-from pretrain.engines.base import Engine, Micro
+from pretrain.engines.base import Engine
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
 from pretrain.state import TrainState
+from tests.distributed.parity import MDLM, SYSTEMS, backward, row_losses, whole_state
 
-ROWS, LENGTH, VOCAB, STEPS, SKIPPED = 4, 16, 21, 20, 6
-"""21 tokens do not divide between two processes."""
+ROWS, STEPS, SKIPPED = 4, 20, 6
 
-MDLM = ModelConfig(
-    backbone=TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, dropout=0.1),
-    vocab_size=VOCAB,
-    mask_id=VOCAB - 1,
-)
-VADD = replace(
-    MDLM,
-    backbone=replace(MDLM.backbone, condition_dim=8, max_positions=LENGTH),
-    latent=LatentConfig(dim=4, recognition=RecognitionConfig(num_layers=1, pool="gated")),
-)
-SYSTEMS = {
-    "mdlm": MDLM,
-    "untied": replace(MDLM, backbone=replace(MDLM.backbone, tie_embeddings=False, ffn="swiglu", norm="rmsnorm")),
-    "vadd": VADD,
-    "block_vmd": replace(VADD, block_size=4),
-    "prior": replace(VADD, block_size=4, latent=replace(VADD.latent, prior="earlier_blocks")),  # type: ignore[type-var]
-    "cadd": replace(MDLM, augmentation=AugmentationConfig(fusion="concat")),
-    "all": replace(VADD, block_size=4, augmentation=AugmentationConfig(path="vp", fusion="reweight")),
-}
 FP32, BF16 = TrainConfig(ema_decay=0.9), TrainConfig(precision="bf16")
 PUBLISHED: tuple[tuple[str, TrainConfig], ...] = tuple(
     (system, settings) for system in ("mdlm", "vadd", "block_vmd", "cadd") for settings in (FP32, BF16)
@@ -63,41 +38,16 @@ CASES: tuple[tuple[str, TrainConfig], ...] = (
 )
 """All of them where matrices are divided; elsewhere the published systems."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
-LAYOUTS = {"tensor": (1, 1, 1, 2), "data": (1, 2, 1, 1)}
-"""Sizes of the axes: replicate, shard, context, tensor."""
+LAYOUTS = {2: {"tensor": (1, 1, 1, 2), "data": (1, 2, 1, 1)}, 4: {"tensor and data": (1, 2, 1, 2)}}
+"""By number of processes, sizes of the axes: replicate, shard, context, tensor."""
 Trace = list[tuple[float, float]]
 
 
-def micros(mesh: Mesh, model: ModelConfig, step: int) -> list[Micro]:
-    """This rank's rows of the step's batch, as two micro-batches."""
-    generator = torch.Generator().manual_seed(step)
-    whole = Batch(
-        tokens_BL=torch.randint(VOCAB - 1, (ROWS, LENGTH), generator=generator),
-        maskable_BL=torch.rand(ROWS, LENGTH, generator=generator) < 0.9,
-        document_BL=(torch.arange(LENGTH) >= 8).int().expand(ROWS, LENGTH),
-        positions_BL=torch.arange(LENGTH).remainder(8).expand(ROWS, LENGTH),
-        index_B=torch.arange(ROWS) + step * ROWS,
-    )
-    share = ROWS // mesh.data.size
-    mine = whole.rows(mesh.data.rank * share, (mesh.data.rank + 1) * share)
-    corruption = corrupt(mine, NoiseKey(3, step, mine.index_B), model)
-    return Micro(mine, corruption, StepSchedule(kl_weight=0.7)).split(share // 2)
-
-
-def backward(engine: Engine, model: ModelConfig, step: int, factor: float = 1.0) -> float:
-    """Both micro-batches of a step; the global loss per position."""
-    parts = micros(engine.mesh, model, step)
-    (count,) = engine.mesh.data.all_reduce([sum(m.corruption.divisor for m in parts)])
-    terms = [engine.forward_backward(m, scale=factor / count, last=m is parts[-1]) for m in parts]
-    (loss,) = engine.mesh.data.all_reduce([sum(float(t.loss) for t in terms)])
-    return loss / count
-
-
-def train(engine: Engine, model: ModelConfig, steps: range = range(STEPS)) -> Trace:
+def train(engine: Engine, system: str, steps: range = range(STEPS)) -> Trace:
     """Loss per position and gradient norm of every step, of which one is not taken."""
     trace: Trace = []
     for step in steps:
-        loss = backward(engine, model, step)
+        loss = backward(engine, SYSTEMS[system], step, rows=ROWS)
         norm = engine.reduce_and_clip(1.0)
         take = torch.tensor(float(step != SKIPPED))
         engine.step(lr=1e-3, take=take)
@@ -106,13 +56,10 @@ def train(engine: Engine, model: ModelConfig, steps: range = range(STEPS)) -> Tr
     return trace
 
 
-def evaluated(engine: Engine, model: ModelConfig) -> list[float]:
+def averaged(engine: Engine, system: str) -> list[float]:
     """The loss of every row under the averaged weights, in order."""
     with engine.ema():
-        rows = torch.cat([engine.evaluate(m).loss_B for m in micros(engine.mesh, model, 99)]).double()
-    place = torch.zeros(ROWS, dtype=torch.float64)
-    place[engine.mesh.data.rank * len(rows) : (engine.mesh.data.rank + 1) * len(rows)] = rows
-    return engine.mesh.data.all_reduce(place.tolist())
+        return row_losses(engine, SYSTEMS[system], rows=ROWS)
 
 
 def make(kind: str, mesh: Mesh, system: str, settings: TrainConfig) -> Engine:
@@ -124,13 +71,12 @@ def make(kind: str, mesh: Mesh, system: str, settings: TrainConfig) -> Engine:
     return make_engine(replace(config, train=settings), model, mesh)
 
 
-def whole_state(engine: Engine) -> dict[str, Tensor]:
-    """Every tensor of the canonical state, put together from its parts and copied."""
-    return {
-        f"{group}.{name}": (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for group, named in engine.state_dict().items()
-        for name, t in named.items()
-    }
+def same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether two states are one, bit for bit."""
+    return all(
+        found[group].keys() == named.keys() and all(torch.equal(found[group][name], named[name]) for name in named)
+        for group, named in wanted.items()
+    )
 
 
 def check_parity(mesh: Mesh, layout: str, reference: dict[tuple[str, TrainConfig], tuple[Trace, list[float]]]) -> None:
@@ -138,24 +84,22 @@ def check_parity(mesh: Mesh, layout: str, reference: dict[tuple[str, TrainConfig
     for system, settings in CASES if layout == "tensor" else PUBLISHED:
         alone = make("fsdp", single_process(), system, settings)
         engine = make("megatron", mesh, system, settings)
-        started, found = whole_state(alone), whole_state(engine)
-        assert started.keys() == found.keys()
-        assert all(torch.equal(started[name], found[name]) for name in started), f"{layout}, {system}: initial weights"
+        assert same(whole_state(engine), whole_state(alone)), f"{layout}, {system}: initial weights"
         assert engine.num_parameters == alone.num_parameters
         if (system, settings) not in reference:
-            reference[system, settings] = train(alone, SYSTEMS[system]), evaluated(alone, SYSTEMS[system])
+            reference[system, settings] = train(alone, system), averaged(alone, system)
         trace, rows = reference[system, settings]
         tolerance = TOLERANCE[settings.precision]
-        for step, (ours, theirs) in enumerate(zip(train(engine, SYSTEMS[system]), trace, strict=True)):
+        for step, (ours, theirs) in enumerate(zip(train(engine, system), trace, strict=True)):
             where = f"{layout}, {system}, {settings}: step {step}"
             assert ours == pytest.approx(theirs, rel=tolerance), where
-        assert evaluated(engine, SYSTEMS[system]) == pytest.approx(rows, rel=10 * tolerance), f"{layout}, {system}"
+        assert averaged(engine, system) == pytest.approx(rows, rel=10 * tolerance), f"{layout}, {system}"
 
 
 def check_replicated_gradients(mesh: Mesh) -> None:
     """What is not divided has the same gradient on both tensor processes, bit for bit."""
     engine = make("megatron", mesh, "all", TrainConfig())
-    backward(engine, SYSTEMS["all"], 0)
+    backward(engine, SYSTEMS["all"], 0, rows=ROWS)
     replicated, canonical = 0, engine.state_dict()["model"]
     for name, parameter in engine.parameters.items():  # type: ignore[attr-defined]
         if parameter.shape == canonical[name].shape and parameter.grad is not None:
@@ -169,16 +113,16 @@ def check_replicated_gradients(mesh: Mesh) -> None:
 def check_poison(mesh: Mesh, layout: str) -> None:
     """A gradient that is not finite on one process is the norm of both, and the step changes nothing."""
     engine = make("megatron", mesh, "cadd", TrainConfig(ema_decay=0.9))
-    train(engine, SYSTEMS["cadd"], range(2))
+    train(engine, "cadd", range(2))
     before = whole_state(engine)
-    backward(engine, SYSTEMS["cadd"], 2, factor=float("nan") if dist.get_rank() == 1 else 1.0)
+    poison = float("nan") if dist.get_rank() == 1 else 1.0
+    backward(engine, SYSTEMS["cadd"], 2, rows=ROWS, factor=poison)
     norm = engine.reduce_and_clip(1.0)
     assert not torch.isfinite(norm), layout
     take = torch.isfinite(norm).float()
     engine.step(lr=1e-2, take=take)
     engine.update_ema(0.9, take=take)
-    after = whole_state(engine)
-    assert all(torch.equal(before[name], after[name]) for name in before), layout
+    assert same(whole_state(engine), before), layout
 
 
 def check_cross_entropy() -> None:
@@ -218,22 +162,20 @@ def check_cross_entropy() -> None:
 def check_journey(mesh: Mesh, folder: Path) -> None:
     """FSDP alone, then Megatron on two processes, then FSDP alone again: one trace, as if nothing had happened."""
     model, settings = SYSTEMS["all"], TrainConfig(ema_decay=0.9)
-    wanted = train(make("fsdp", single_process(), "all", settings), model, range(12))
+    wanted = train(make("fsdp", single_process(), "all", settings), "all", range(12))
     alone = make("fsdp", single_process(), "all", settings)
-    trace = train(alone, model, range(4))
+    trace = train(alone, "all", range(4))
     if dist.get_rank() == 0:
         save(alone, 4, folder)
     dist.barrier()
     divided = make("megatron", mesh, "all", settings)
     resume(folder / "step-00000004", divided, model, {})
-    trace += train(divided, model, range(4, 8))
+    trace += train(divided, "all", range(4, 8))
     save(divided, 8, folder)
     alone = make("fsdp", single_process(), "all", settings)
     resume(folder / "step-00000008", alone, model, {})
-    kept, loaded = whole_state(divided), whole_state(alone)
-    assert kept.keys() == loaded.keys()
-    assert all(torch.equal(kept[name], loaded[name]) for name in kept)
-    trace += train(alone, model, range(8, 12))
+    assert same(whole_state(alone), whole_state(divided))
+    trace += train(alone, "all", range(8, 12))
     for step, (ours, theirs) in enumerate(zip(trace, wanted, strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-4), f"step {step} of the journey"
 
@@ -253,15 +195,16 @@ def run_alone(_rank: int) -> None:
     dist.destroy_process_group()
 
 
-def run_pair(rank: int, rendezvous: str, folder: Path) -> None:
-    """Every case on two processes."""
+def run_rank(rank: int, world: int, rendezvous: str, folder: Path) -> None:
+    """Every case on two or four processes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    meshes = {name: build_mesh(torch.device("cpu"), shape) for name, shape in LAYOUTS.items()}
-    check_replicated_gradients(meshes["tensor"])
-    check_cross_entropy()
-    check_journey(meshes["tensor"], folder)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    meshes = {name: build_mesh(torch.device("cpu"), shape) for name, shape in LAYOUTS[world].items()}
+    if world == 2:
+        check_replicated_gradients(meshes["tensor"])
+        check_cross_entropy()
+        check_journey(meshes["tensor"], folder)
     reference: dict[tuple[str, TrainConfig], tuple[Trace, list[float]]] = {}
     for layout, mesh in meshes.items():
         check_poison(mesh, layout)
@@ -276,9 +219,10 @@ def test_one_process_computes_what_fsdp_does() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_fsdp_does_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_several_processes_compute_what_fsdp_does_alone(world: int, tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(run_pair, args=(str(tmp_path / "rendezvous"), tmp_path / "checkpoints"), nprocs=2)
+    mp.spawn(run_rank, args=(world, str(tmp_path / "rendezvous"), tmp_path / "checkpoints"), nprocs=world)
 
 
 @pytest.mark.parametrize(

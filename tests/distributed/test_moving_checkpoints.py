@@ -44,7 +44,8 @@ LEGS = {
     "context": Leg(4, ("parallel.context=2", "parallel.replicate=2"), after="four", step=4),
     "three": Leg(3, (), after="tensor", step=8),
     "two": Leg(2, ("parallel.tensor=2",), after="context", step=8),
-    "one": Leg(1, (), after="tensor", step=8),
+    "replicas": Leg(2, ("parallel.replicate=2",), after="four", step=4),
+    "one": Leg(1, (), after="replicas", step=8),
     "alone": Leg(1),
     "from_one": Leg(3, (), after="alone", step=4),
 }

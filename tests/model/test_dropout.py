@@ -13,7 +13,7 @@ from model import layers
 from model.config import TransformerConfig
 from model.noise import NoiseKey, Stream
 from model.recompute import Recompute
-from model.sequence import SequencePart
+from model.sequence import Span
 from model.transformer import Transformer
 
 VOCABULARY, LENGTH = 23, 12
@@ -91,7 +91,7 @@ def test_every_sublayer_of_every_block_has_its_own_stream(
 ) -> None:
     seen = []
 
-    def record(x_BLD: Tensor, rate: float, stream: Stream, part: SequencePart | None) -> Tensor:
+    def record(x_BLD: Tensor, rate: float, stream: Stream, part: Span | None) -> Tensor:
         seen.append(stream.key_B)
         return x_BLD
 

@@ -179,6 +179,16 @@ def test_a_frozen_projection_that_passes_no_hint_is_refused() -> None:
     assert validate(SMALL, ["model.augmentation.fusion=add", concat[1]]).train.freeze
 
 
+def test_positions_that_do_not_divide_are_refused() -> None:
+    length = ("data.length=30", "train.batch_tokens=300")
+    axes = ("parallel.tensor=2", "parallel.context=2")
+    text = problem(*length, *axes)
+    assert "data.length=30 does not divide among parallel.context=2 x parallel.tensor=2 processes: use a mult" in text
+    assert validate(SMALL, [*length, axes[0]]).parallel.tensor == 2
+    assert validate(SMALL, [*length, *axes, "model.block_size=10"]).model.block_size == 10, "two streams of 30"
+    assert validate(SMALL, [*length, "parallel.tensor=4", "engine=megatron"]).engine == "megatron"
+
+
 def test_axes_that_deepspeed_does_not_know_are_refused() -> None:
     text = problem("engine=deepspeed", "parallel.tensor=2", "parallel.context=4", "parallel.replicate=2")
     assert len(text.splitlines()) == 4
