@@ -25,7 +25,7 @@ from .config import RunConfig
 from .data import Data
 from .endings import Ending
 from .engines.base import Engine, Micro
-from .hooks.base import Hook, StepRecord
+from .hooks.base import Hook, StepRecord, tell
 from .hooks.signals import Stopped, StopRequest
 from .hooks.spans import Spans
 from .hooks.spikes import Spiked, SpikeGuard
@@ -289,8 +289,7 @@ class Trainer:
         self._tell(lambda hook: hook.on_checkpoint(path, state))
 
     def _tell(self, event: Callable[[Hook], None]) -> None:
-        for hook in self.hooks:
-            event(hook)
+        tell(self.hooks, event)
 
     def _due(self, every: int) -> bool:
         last = self.state.step == self.config.train.steps
