@@ -1,7 +1,9 @@
 """A full disk under the whole run folder costs records and saves, never the run; records follow when there is room."""
 
 import errno
+import gc
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -37,6 +39,13 @@ def fill(place: Path, room: int = 0) -> Path:
     ballast = place / "ballast"
     ballast.write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_frsize - room))
     return ballast
+
+
+def fill_once_saved(run: Path) -> None:
+    """With the first checkpoint on it."""
+    while not (run / "checkpoints" / "step-00000004").exists():
+        time.sleep(0.01)
+    fill(run)
 
 
 def whole_lines(path: Path) -> list[Any]:
@@ -115,18 +124,13 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(
     ballast = config.path / "ballast"
     seen: list[int] = []
 
-    def fill_once_saved() -> None:
-        while not (config.path / "checkpoints" / "step-00000004").exists():
-            time.sleep(0.01)
-        fill(config.path)
-
     def look_and_free() -> None:
         seen.append(load_for_evaluation(config.path).state.step)
         seen.append(max(line["step"] for line in whole_lines(config.path / "metrics.jsonl")))
         ballast.unlink()
 
     with small_disk(config.path, "4m"):
-        patch = at_calls("forward_backward", {6: fill_once_saved, 30: look_and_free})
+        patch = at_calls("forward_backward", {6: lambda: fill_once_saved(config.path), 30: look_and_free})
         try:
             assert train(config) is Ending.FINISHED
         finally:
@@ -227,3 +231,34 @@ def test_tensorboard_goes_on_in_a_new_file_after_a_checkpoint(monkeypatch: pytes
     assert (first.purge_step, second.purge_step) == (1, None)
     assert first.closed
     assert second.closed
+
+
+def test_a_lost_save_leaves_no_worker_behind(tmp_path: Path, make_config: MakeConfig, small_disk: SmallDisk) -> None:
+    """The error of the save holds on to the loop's frames, and with them to the loader, for whose workers a process
+    would wait for ever when it ends."""
+    config = make_config(tmp_path / "run", "data.num_workers=1", "train.steps=20")
+    with small_disk(config.path, "4m"):
+        patch = at_calls(
+            "forward_backward", {6: lambda: fill_once_saved(config.path), 11: (config.path / "ballast").unlink}
+        )
+        gc.disable()
+        try:
+            assert train(config) is Ending.FINISHED
+            assert multiprocessing.active_children() == []
+        finally:
+            gc.enable()
+            patch.undo()
+
+
+def test_an_error_leaves_no_worker_behind(tmp_path: Path, make_config: MakeConfig) -> None:
+    def fail() -> None:
+        raise KeyError("a mistake")
+
+    patch = at_calls("forward_backward", {3: fail})
+    try:
+        with pytest.raises(KeyError) as error:
+            train(make_config(tmp_path / "run", "data.num_workers=1"))
+        assert multiprocessing.active_children() == []
+        assert error.traceback
+    finally:
+        patch.undo()
