@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import signal
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +15,7 @@ from eval.record import Record, write_whole
 from pretrain.config import dump_config
 from pretrain.writable import check_writable
 
-from .disk import small_disk
+from .disk import release, small_disk
 from .faults import NUM_RANKS, draw, parse_kinds
 from .outcome import Outcome, conduct
 from .processes import refuse_without_proc
@@ -45,7 +48,8 @@ def run_chaos(
         _try_disk(folder)
     record = Record(_settings(trials, seed, chosen, only))
     numbers = range(1, trials + 1) if only is None else [only]
-    outcomes = _conduct_all(numbers, seed, chosen, folder)
+    with _sigterm_cleans_up():
+        outcomes = _conduct_all(numbers, seed, chosen, folder)
     Console().print(as_table(outcomes))
     record.write(results(outcomes), json_file)
     return int(any(outcome.problems for outcome in outcomes))
@@ -61,7 +65,7 @@ def _conduct_all(numbers: Sequence[int], seed: int, kinds: Sequence[str], folder
         with console.status(f"trial {number}"):
             outcomes.append(conduct(draw(number, kinds, seed), place, reference))
         usual = statistics.mean(outcome.seconds for outcome in outcomes)
-        console.print(as_line(outcomes[-1], len(numbers), usual * (len(numbers) - len(outcomes))))
+        console.print(as_line(outcomes[-1], usual * (len(numbers) - len(outcomes))))
         if outcomes[-1].problems:
             for problem in outcomes[-1].problems:
                 console.print(f"      {problem}", style="red")
@@ -79,16 +83,26 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     if folder.exists() and not (folder / ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else: choose another --folder, or remove it")
     for place in folder.glob("trial-*"):
+        release(place / "run")
         shutil.rmtree(place)
     shutil.rmtree(folder / "undisturbed", ignore_errors=True)
     write_whole(folder / ABOUT, json.dumps(about))
 
 
 def _try_disk(folder: Path) -> None:
-    place = folder / "trial-disk"
-    with small_disk(place):
+    with small_disk(folder / "trial-disk" / "run"):
         pass
-    place.rmdir()
+    shutil.rmtree(folder / "trial-disk")
+
+
+@contextmanager
+def _sigterm_cleans_up() -> Iterator[None]:
+    """Within the context SIGTERM ends this process as an error would, with all that it has started and mounted."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _settings(trials: int, seed: int, kinds: Sequence[str], only: int | None) -> dict[str, object]:

@@ -14,7 +14,7 @@ from .disk import small_disk
 from .faults import FillDisk, Poison, Trial
 from .reference import Reference, start_command, undisturbed
 from .run_folder import RunFolder
-from .tiny_run import STEPS
+from .tiny_run import SAVE_EVERY, STEPS
 from .trial import Disturbance, History, Stuck
 
 
@@ -26,6 +26,7 @@ class Outcome:
         problems: how the run differs from an undisturbed one, and what it lost; none is how it should be.
         restarts: how often it went on, started by torchrun or by us.
         repeated: steps that were computed once more.
+        saves_lost: checkpoints of the schedule that a full disk did not take.
     """
 
     trial: Trial
@@ -33,6 +34,7 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     restarts: int = 0
     repeated: int = 0
+    saves_lost: int = 0
     seconds: float = 0.0
 
 
@@ -77,6 +79,9 @@ def _judge(outcome: Outcome, folder: Path, reference: Reference) -> None:
     run.look()
     steps = [line["step"] for line in lines if line["kind"] == "train"]
     outcome.restarts, outcome.repeated = len(run.starts) - 1, len(steps) - len(set(steps))
+    if outcome.history.at_least is not None:
+        saved = {line["step"] for line in lines if line.get("event") == "checkpoint"}
+        outcome.saves_lost = len(set(range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)) - saved)
     outcome.problems += outcome.history.problems
     outcome.problems += start_problems(run.starts, outcome.history)
     if outcome.trial.poison is None:

@@ -5,10 +5,11 @@ from pathlib import Path
 from pretrain.config import RunConfig, validate
 
 STEPS = 40
+SAVE_EVERY = 4
 
 
 def tiny_run(folder: Path) -> RunConfig:
-    """A masked diffusion with a latent, dropout, averaged weights, prefetching and a save every fourth step."""
+    """A masked diffusion with a latent, dropout, averaged weights, prefetching and frequent saves."""
     return validate(
         {
             "name": "chaos",
@@ -37,6 +38,6 @@ def tiny_run(folder: Path) -> RunConfig:
             },
             "log": {"every": 1},
             "validation": {"every": 10, "num_sequences": 8},
-            "checkpoint": {"every": 4, "keep": 2},
+            "checkpoint": {"every": SAVE_EVERY, "keep": 2},
         }
     )
