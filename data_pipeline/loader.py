@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Generic, TypeVar
 
@@ -58,10 +58,12 @@ class Loader(Generic[T]):
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Generator[T, None, None]:
+        """The batches; close them early, and the worker processes end."""
         if not self._num_workers:
-            return map(self._batches.__getitem__, self._steps)
-        return iter(
+            yield from map(self._batches.__getitem__, self._steps)
+            return
+        batches = iter(
             DataLoader(
                 self._batches,
                 batch_size=None,
@@ -72,6 +74,12 @@ class Loader(Generic[T]):
                 generator=torch.Generator(),  # else starting the workers advances the global generator
             )
         )
+        try:
+            yield from batches
+        finally:
+            # Not left to the garbage collector: an error may hold on to them until the interpreter ends, which waits
+            # for them after a SIGTERM that they pass over.
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Batches(Dataset[T]):

@@ -324,6 +324,35 @@ def bench(
     run_benchmark(what.value, repeats=repeats, json_file=json)
 
 
+@app.command()
+def chaos(
+    trials: Annotated[int, typer.Option(help="Runs that are disturbed, each in its own way.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of what happens, and when.")] = 0,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Faults that take turns: kill-one, kill-all, kill-in-save (kill: these three), sigterm, full-disk, "
+            "bit-flip, truncation, nan; or all."
+        ),
+    ] = "kill",
+    folder: Annotated[
+        Path, typer.Option(help="For the runs; those of trials that went wrong stay.", metavar="DIR")
+    ] = Path("runs/chaos"),
+    only: Annotated[
+        int | None,
+        typer.Option(help="Repeat this trial alone, with the seed and kinds it had.", min=1, show_default="all"),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Train on two processes, kill them at random moments, and compare with an undisturbed run bit for bit.
+
+    Exit codes: 0 all trials identical; 1 one is not, or it has lost more than the steps since its newest checkpoint.
+    """
+    from tools.chaos import run_chaos
+
+    raise typer.Exit(run_chaos(trials=trials, seed=seed, kinds=kinds, folder=folder, only=only, json_file=json))
+
+
 class ReproduceBudget(StrEnum):
     """How long a reproduction may train."""
 

@@ -1,6 +1,7 @@
 """The loop, and only the loop: data order, noise keys, learning rate, skip decision, hooks, checkpoint timing."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from .config import RunConfig
 from .data import Data
 from .endings import Ending
 from .engines.base import Engine, Micro
-from .hooks.base import Hook, StepRecord
+from .hooks.base import Hook, StepRecord, tell
 from .hooks.signals import Stopped, StopRequest
 from .hooks.spans import Spans
 from .hooks.spikes import Spiked, SpikeGuard
@@ -124,7 +125,13 @@ class Trainer:
         """From where the state stands to the last step."""
         if self.state.owes_validation:
             self._validate()
-        self.window, batches = Window(), self._batches()
+        while self.state.step < self.config.train.steps:
+            self.window = Window()
+            with closing(iter(self._batches())) as batches:
+                self._train_on(batches)
+
+    def _train_on(self, batches: Iterator[Micro]) -> None:
+        """To the last step, or until a spike has sent the run back, and other batches are due."""
         while self.state.step < self.config.train.steps:
             with self.span("data_wait"):
                 share = next(batches)
@@ -132,8 +139,7 @@ class Trainer:
                 divisor, all_masked = self._agree([share.corruption.divisor, share.corruption.num_masked])
             taken = self._step(share, divisor=divisor, all_masked=all_masked)
             if self.spikes.needs_host() and not taken and self._answer_spike():
-                self.window, batches = Window(), self._batches()
-                continue
+                return
             if self._due(self.config.log.every):
                 self._log()
             with self.window.paused():
@@ -145,26 +151,24 @@ class Trainer:
                 elif self._due(self.config.log.every) and self.saver.ephemeral_due():
                     self._save("ephemeral")
 
-    def _batches(self) -> Iterator[Micro]:
+    def _batches(self) -> Loader[Micro]:
         passed_over = self.state.num_passed_over
-        return iter(
-            Loader(
-                self.data.train,
-                Order(len(self.data.train), self.config.seed),
-                global_batch=self.config.batch_rows,
-                rank=self.mesh.data.rank,
-                size=self.mesh.data.size,
-                first_step=self.state.next_batch,
-                num_steps=self.config.train.steps + passed_over,
-                num_workers=self.config.data.num_workers,
-                transform=partial(
-                    corrupt_step,
-                    model=self.model,
-                    seed=self.config.seed,
-                    schedule=partial(step_schedule, config=self.config, passed_over=passed_over),
-                ),
-                pin_memory=self.mesh.device.type == "cuda",
-            )
+        return Loader(
+            self.data.train,
+            Order(len(self.data.train), self.config.seed),
+            global_batch=self.config.batch_rows,
+            rank=self.mesh.data.rank,
+            size=self.mesh.data.size,
+            first_step=self.state.next_batch,
+            num_steps=self.config.train.steps + passed_over,
+            num_workers=self.config.data.num_workers,
+            transform=partial(
+                corrupt_step,
+                model=self.model,
+                seed=self.config.seed,
+                schedule=partial(step_schedule, config=self.config, passed_over=passed_over),
+            ),
+            pin_memory=self.mesh.device.type == "cuda",
         )
 
     def _agree(self, counts: Sequence[float] = ()) -> list[float]:
@@ -289,9 +293,7 @@ class Trainer:
         self._tell(lambda hook: hook.on_checkpoint(path, state))
 
     def _tell(self, event: Callable[[Hook], None]) -> None:
-        for hook in self.hooks:
-            event(hook)
+        tell(self.hooks, event)
 
     def _due(self, every: int) -> bool:
-        last = self.state.step == self.config.train.steps
-        return last or (every > 0 and self.state.step % every == 0)
+        return self.state.step == self.config.train.steps or (every > 0 and self.state.step % every == 0)

@@ -1,7 +1,9 @@
 """What the tests of runs share: a small tokenised data set, small runs on it, and the losses they leave behind."""
 
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pretrain.hooks.metrics import read_metrics
 
 MakeConfig = Callable[..., RunConfig]
 Trace = dict[int, dict[str, Any]]
+SmallDisk = Callable[[Path, str], AbstractContextManager[None]]
 
 
 def write_documents(folder: Path, count: int = 60) -> Path:
@@ -89,3 +92,22 @@ def trace() -> Callable[[Path], Trace]:
         return steps
 
     return read
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> SmallDisk:
+    """A file system of its own at a place, of a size such as 1m."""
+
+    @contextmanager
+    def mounted(place: Path, size: str) -> Iterator[None]:
+        place.mkdir(parents=True)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        result = subprocess.run(mount, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"a small tmpfs can not be mounted here: {result.stderr.strip()}")
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+    return mounted

@@ -1,7 +1,6 @@
 """Finding the newest good checkpoint, resuming an engine from it, and loading a model for evaluation."""
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from model.config import ModelConfig
 from model.diffusion import MaskedDiffusion
 
 from ..engines.base import Engine
+from ..notice import notice
 from ..parallel.mesh import Axis
 from ..state import TrainState
 from .manifest import read_manifest
@@ -39,7 +39,7 @@ def newest_good(
         if fault is None:
             return path
         if world.rank == 0:
-            print(f"penumbra: passing over checkpoint {path.name}: {fault}", file=sys.stderr)
+            notice(f"passing over checkpoint {path.name}: {fault}")
     return None
 
 

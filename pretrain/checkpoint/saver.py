@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from model.config import ModelConfig
 
 from ..config import CheckpointConfig
 from ..engines.base import Tensors
+from ..notice import notice
 from ..parallel.mesh import RANK_TIMEOUT, Axis, Mesh
 from ..state import TrainState
 from .manifest import Kind
@@ -108,7 +108,7 @@ class Saver:
             Exception: what else went wrong in it.
         """
         if self._settle() and self.lost is not None and self.world.rank == 0:
-            print(f"penumbra: {self.lost}: training goes on and the next save tries again", file=sys.stderr, flush=True)
+            notice(f"{self.lost}: training goes on and the next save tries again")
 
     def finish(self) -> None:
         """Waits for the save in flight, the last one of all.

@@ -1,11 +1,13 @@
 """What a hook may hear about a run. Most hooks live on rank 0; those of `rank_hooks` in train.py on every rank."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model.bounds import Bound
 from model.collapse import LatentReport
 
+from ..notice import notice
 from ..state import TrainState
 
 
@@ -48,6 +50,9 @@ class StepRecord:
 class Hook:
     """Override what you want to hear. Steps count from 1, as in the log."""
 
+    refused: str = ""
+    """What the disk last said to it."""
+
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """Before the first step of this process."""
 
@@ -80,3 +85,14 @@ class Hook:
 
     def on_error(self, error: BaseException) -> None:
         """In the place of on_finish, where it ends with an error."""
+
+
+def tell(hooks: Sequence[Hook], event: Callable[[Hook], None]) -> None:
+    """Lets each of them hear it; what a full or broken disk does not take from a hook is lost, and the run goes on."""
+    for hook in hooks:
+        try:
+            event(hook)
+        except OSError as error:
+            if hook.refused != str(error):
+                notice(f"{type(hook).__name__} could not write ({error}): training goes on without it")
+            hook.refused = str(error)

@@ -25,12 +25,11 @@ class MetricsFile(Hook):
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         check_writable(path)
-        self.path, self.about = path, about
+        self.lines, self.about = json_lines.JsonLines(path), about
         self.started, self.worked = time.monotonic(), time.process_time()
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """The start or resume event."""
-        json_lines.end_half_line(self.path)
         self._event("resume" if resumed else "start", state.step, **self.about)
 
     def on_log(self, record: StepRecord) -> None:
@@ -64,7 +63,7 @@ class MetricsFile(Hook):
     def _write(self, kind: str, **values: Any) -> None:
         clocks = {"seconds": time.monotonic() - self.started, "processor_seconds": time.process_time() - self.worked}
         rounded = {name: round(value, 3) for name, value in clocks.items()}
-        json_lines.append(self.path, {"kind": kind, **values, **rounded})
+        self.lines.append({"kind": kind, **values, **rounded})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

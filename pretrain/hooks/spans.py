@@ -77,12 +77,10 @@ class SpanFile(Hook):
     """
 
     def __init__(self, path: Path, spans: Spans) -> None:
-        self.path, self.spans = path, spans
+        self.lines, self.spans = json_lines.JsonLines(path), spans
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """Time counts from here."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        json_lines.end_half_line(self.path)
         self.step = state.step
         self.spans.take()
 
@@ -106,7 +104,7 @@ class SpanFile(Hook):
     def _write(self, step: int) -> None:
         phases = {name: round(seconds, 6) for name, seconds in self.spans.take().items()}
         about = {"step": step, "steps": step - self.step, "time": round(time.time(), 3)}
-        json_lines.append(self.path, {**about, **phases, "peak_memory": peak_memory(self.spans.device)})
+        self.lines.append({**about, **phases, "peak_memory": peak_memory(self.spans.device)})
         self.step = step
 
 

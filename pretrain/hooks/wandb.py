@@ -23,6 +23,7 @@ class WandbRun(Hook):
 
     def __init__(self, config: RunConfig, about: dict[str, Any]) -> None:
         self.config, self.about = config, about
+        self.run: Any = None
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """Opens the run under the id kept in its folder, so that a resume continues it."""
@@ -41,20 +42,29 @@ class WandbRun(Hook):
     def on_log(self, record: StepRecord) -> None:
         """Train metrics."""
         values = {f"train/{k}": v for k, v in record.numbers().items() if k != "step" and v is not None}
-        self.run.log(values, step=record.step)
+        self._log(values, record.step)
 
     def on_validation(self, bound: Bound, state: TrainState) -> None:
         """The bound."""
         values = {f"validation/{bound.kind}": bound.value, f"validation/{bound.kind}_error": bound.error}
-        self.run.log(values, step=state.step)
+        self._log(values, state.step)
 
     def on_finish(self, state: TrainState) -> None:
         """Closes the run."""
-        self.run.finish()
+        self._close()
 
     def on_stop(self, state: TrainState, reason: str) -> None:
         """Closes the run."""
-        self.run.finish()
+        self._close()
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        """Nothing where a full disk has kept the run from opening."""
+        if self.run is not None:
+            self.run.log(values, step=step)
+
+    def _close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
 
 
 def _kept_id(path: Path) -> str:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..endings import Ending
@@ -77,11 +78,12 @@ class Watchdog(Hook):
         said = f"penumbra: rank {self.rank}: no step for {self.limit / 60:g} minutes, the stacks are in {path}"
         print(said, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(STDERR)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file)
-            file.flush()
-            os.fsync(file.fileno())
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file)
+                file.flush()
+                os.fsync(file.fileno())
         self.end(Ending.STALLED)
 
 

@@ -162,3 +162,24 @@ def test_workers_leave_signals_to_the_loop() -> None:
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def test_workers_are_gone_once_their_batches_are_closed() -> None:
+    """Whoever still holds on to them: at the end of the interpreter they would not hear that they should end."""
+    loader = Loader(
+        Squares(),
+        Order(31, seed=5),
+        global_batch=GLOBAL_BATCH,
+        rank=0,
+        size=1,
+        first_step=0,
+        num_steps=NUM_STEPS,
+        num_workers=2,
+        transform=table,
+    )
+    found = iter(loader)
+    next(found)
+    assert len(multiprocessing.active_children()) == 2
+    found.close()
+    assert multiprocessing.active_children() == []
+    assert list(found) == []

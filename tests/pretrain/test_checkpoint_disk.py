@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pretrain.train import train
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(backbone=TransformerConfig(dim=32, num_layers=1, num_heads=2), vocab_size=259, mask_id=256)
 MakeConfig = Callable[..., RunConfig]
+SmallDisk = Callable[[Path, str], AbstractContextManager[None]]
 FULL, READ_ONLY, DENIED = (OSError(n, os.strerror(n)) for n in (errno.ENOSPC, errno.EROFS, errno.EACCES))
 
 
@@ -38,21 +39,6 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def engine() -> FsdpEngine:
     return FsdpEngine(MODEL, OptimConfig(), TrainConfig(), ParallelConfig(), single_process(), seed=0)
-
-
-@contextmanager
-def small_disk(place: Path, size: str) -> Iterator[None]:
-    """A file system of its own at a place."""
-    place.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs can not be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 def remount(place: Path, mode: str) -> None:
@@ -172,7 +158,9 @@ def test_a_mistake_is_not_taken_for_a_full_disk(
         save(tmp_path, 1, engine, tokenizer)
 
 
-def test_a_real_disk_that_is_full_or_read_only(tmp_path: Path, engine: FsdpEngine, tokenizer: Tokenizer) -> None:
+def test_a_real_disk_that_is_full_or_read_only(
+    tmp_path: Path, engine: FsdpEngine, tokenizer: Tokenizer, small_disk: SmallDisk
+) -> None:
     place = tmp_path / "disk"
     with small_disk(place, "1m"):
         save(place, 1, engine, tokenizer)
@@ -226,7 +214,10 @@ def test_training_goes_on_and_saves_again_where_there_is_room(
 
 
 def test_a_run_whose_last_checkpoint_is_lost_ends_with_a_sentence_and_code_2(
-    tmp_path: Path, make_config: MakeConfig, write_config: Callable[[RunConfig, Path], Path]
+    tmp_path: Path,
+    make_config: MakeConfig,
+    write_config: Callable[[RunConfig, Path], Path],
+    small_disk: SmallDisk,
 ) -> None:
     """One checkpoint fits on the disk, two do not."""
     config = make_config(tmp_path / "run")

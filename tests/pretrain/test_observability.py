@@ -104,7 +104,7 @@ class Writer:
 
     opened: list["Writer"]
 
-    def __init__(self, log_dir: str, purge_step: int) -> None:
+    def __init__(self, log_dir: str, purge_step: int | None = None) -> None:
         self.log_dir, self.purge_step, self.closed = log_dir, purge_step, False
         self.scalars: dict[tuple[str, int], float] = {}
         self.opened.append(self)

@@ -72,7 +72,7 @@ def test_a_thread_that_holds_the_interpreter_is_ended_too(tmp_path: Path) -> Non
 def test_a_folder_that_takes_nothing_does_not_save_the_process(tmp_path: Path) -> None:
     (tmp_path / "stalls").touch()
     result = run(tmp_path / "stalls", "waits_for_a_lost_rank()")
-    assert result.returncode == 1
+    assert result.returncode == Ending.STALLED
     assert "in waits_for_a_lost_rank" in result.stderr
 
 
