@@ -111,6 +111,7 @@ def test_whole_gradients_wait_between_micro_batches() -> None:
     assert (four.num_micros, four.micro_rows) == (4, 1)
     assert four.accumulated == pytest.approx(4 * four.num_parameters, rel=0.05)
     assert four.activations < one.activations / 2
+    assert four.masked_share == pytest.approx(one.masked_share)
     assert four.sent["weights"] > 2 * one.sent["weights"]
 
 

@@ -84,8 +84,7 @@ def estimate(config: RunConfig, trace: Trace, gpu: Gpu, *, nodes: int, gpus_per_
 
 
 def _flops(config: RunConfig, trace: Trace, tokens: int) -> float:
-    rows = tokens // config.data.length
-    masked = rows * trace.micro_masked // trace.micro_rows
+    rows, masked = tokens // config.data.length, round(tokens * trace.masked_share)
     return training_flops(trace.model, num_sequences=rows, length=config.data.length, num_rows=masked)
 
 

@@ -41,7 +41,7 @@ class Trace:
         peak: most bytes at once.
         num_micros: micro-batches of a step.
         micro_rows: rows of a micro-batch.
-        micro_masked: masked rows of a micro-batch, on which the head runs.
+        masked_share: of the positions of a rank's batch, on which the head runs.
         sent_per_micro: bytes on each mesh axis for every micro-batch but the last.
         sent_by_last: bytes on each mesh axis for the last one, and for clipping.
         axes: ranks of each mesh axis, as numbers of the world.
@@ -57,7 +57,7 @@ class Trace:
     peak: int
     num_micros: int
     micro_rows: int
-    micro_masked: int
+    masked_share: float
     sent_per_micro: Mapping[str, float]
     sent_by_last: Mapping[str, float]
     axes: Mapping[str, tuple[int, ...]]
@@ -72,6 +72,8 @@ class Trace:
 def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
     """Builds the run as rank 0 of `world` processes and takes one step, by two micro-batches where there are more.
 
+    The micro-batch is the one of its first batch in which most is masked: what runs out of memory, if any does.
+
     Args:
         on_gpu: attention computes in the precision of the step, as on a GPU; False: as on this machine.
 
@@ -83,14 +85,14 @@ def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
         rows = rows_per_rank(config, mesh.data.size)
         micro_tokens = config.train.micro_batch_tokens
         micro_rows = rows if micro_tokens is None else min(rows, micro_tokens // config.data.length)
-        num_micros = -(-rows // micro_rows)
-        batch = _batch(micro_rows, config.data.length)
-        corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), model)
-        micro = Micro(batch, corruption, StepSchedule())
+        micros = [_micro(model, first, micro_rows, config) for first in range(0, rows, micro_rows)]
+        masked = sum(micro.corruption.num_masked for micro in micros)
+        micro = max(micros, key=lambda each: each.corruption.num_masked)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         engine = _engine(config, model, mesh, fake)
         with fake, _attending(on_gpu=on_gpu):
-            return _step(engine, config, _faked(micro, fake), num_micros)
+            traced = _step(engine, config, _faked(micro, fake), len(micros))
+        return replace(traced, masked_share=masked / (len(micros) * micro_rows * config.data.length))
 
 
 def _engine(config: RunConfig, model: ModelConfig, mesh: Mesh, fake: FakeTensorMode) -> fsdp.FsdpEngine:
@@ -136,7 +138,7 @@ def _step(engine: fsdp.FsdpEngine, config: RunConfig, micro: Micro, num_micros: 
         peak=tally.peak,
         num_micros=num_micros,
         micro_rows=micro.batch.num_sequences,
-        micro_masked=micro.corruption.num_masked,
+        masked_share=0.0,
         sent_per_micro=early,
         sent_by_last=dict(tally.sent),
         axes={axis: ranks for axis, (_, ranks) in axes.items()},
@@ -166,14 +168,16 @@ def _with_vocabulary(model: ModelConfig) -> ModelConfig:
     return model if model.mask_id >= 0 else replace(model, mask_id=model.vocab_size - 1)
 
 
-def _batch(num_rows: int, length: int) -> Batch:
-    tokens_BL = torch.zeros(num_rows, length, dtype=torch.int64)
-    return Batch(
+def _micro(model: ModelConfig, first: int, num_rows: int, config: RunConfig) -> Micro:
+    """The rows from `first` of a first batch, corrupted by the run's own noise."""
+    tokens_BL = torch.zeros(num_rows, config.data.length, dtype=torch.int64)
+    batch = Batch(
         tokens_BL=tokens_BL,
         maskable_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
-        positions_BL=torch.arange(length).expand(num_rows, length),
-        index_B=torch.arange(num_rows),
+        positions_BL=torch.arange(config.data.length).expand(num_rows, -1),
+        index_B=torch.arange(first, first + num_rows),
     )
+    return Micro(batch, corrupt(batch, NoiseKey(config.seed, 0, batch.index_B), model), StepSchedule())
 
 
 def _faked(micro: Micro, fake: FakeTensorMode) -> Micro:
