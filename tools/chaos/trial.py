@@ -112,8 +112,10 @@ class Disturbance:
 
     def _end(self, ranks: dict[int, int], victim: Victim) -> bool:
         """Kills the victim, waits until no rank is left, and keeps count; False where there is no victim."""
-        chosen = {"everything": self.torchrun.everything(), "ranks": list(ranks.values())}
-        victims = [ranks[victim]] if victim in ranks else chosen.get(str(victim), [])
+        if victim == "everything":
+            victims = self.torchrun.everything()
+        else:
+            victims = [number for rank, number in ranks.items() if victim in (rank, "ranks")]
         if not kill(number for number in victims if is_alive(number)):
             return False
         self.run.look()
