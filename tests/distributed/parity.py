@@ -1,5 +1,6 @@
 """What the tests of engines share: small models, the batches they train on, and what is compared of an engine."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -75,9 +76,11 @@ def row_losses(engine: Engine, model: ModelConfig, *, rows: int) -> list[float]:
     return axis.all_reduce(place.tolist())
 
 
+def whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors put together from their parts, and copied."""
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in named.items()}
+
+
 def whole_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Every tensor of the canonical state, put together from its parts and copied."""
-    return {
-        group: {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in named.items()}
-        for group, named in engine.state_dict().items()
-    }
+    """Every tensor of the canonical state, put together and copied."""
+    return {group: whole(named) for group, named in engine.state_dict().items()}

@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
-from tests.distributed.parity import LENGTH, SYSTEMS, backward, micros, row_losses, whole_state
+from tests.distributed.parity import LENGTH, SYSTEMS, backward, micros, row_losses, whole
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def run(mesh: Mesh, system: str, settings: TrainConfig) -> tuple[Trace, list[flo
     """Trace, evaluation and final weights."""
     engine = FsdpEngine(SYSTEMS[system], OptimConfig(), settings, ParallelConfig(), mesh, seed=5)
     trace, rows = train(engine, system), row_losses(engine, SYSTEMS[system], rows=ROWS)
-    return trace, rows, whole_state(engine)["model"]
+    return trace, rows, whole(engine.state_dict()["model"])
 
 
 def check(found, wanted, case: str, settings: TrainConfig) -> None:  # type: ignore[no-untyped-def]
