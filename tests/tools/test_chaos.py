@@ -1,6 +1,7 @@
 """Chaos: what is drawn, what is compared, and that a difference of one bit is one."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -25,6 +26,7 @@ from tools.chaos.damage import damage_file
 from tools.chaos.faults import KILLS, KINDS, Damage, FillDisk, Kill, Terminate, Trial, draw, parse_kinds
 from tools.chaos.outcome import Outcome, start_problems, told_of_a_skip
 from tools.chaos.poisoned import PoisonedEngine
+from tools.chaos.processes import MARK, left_over
 from tools.chaos.reference import Pace, Reference
 from tools.chaos.run_folder import RunFolder
 from tools.chaos.tiny_run import tiny_run
@@ -266,6 +268,20 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds something else: choose another --folder"):
         chaos.run_chaos(trials=1, seed=0, kinds="kill", folder=tmp_path)
     assert (tmp_path / "trial-1").exists()
+
+
+def test_trials_that_still_run_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    chaos.run_chaos(trials=1, seed=0, kinds="kill", folder=tmp_path / "runs")
+    environment = {**os.environ, MARK: str(tmp_path / "runs" / "trial-001")}
+    with subprocess.Popen(["sleep", "600"], env=environment) as process:
+        while left_over(tmp_path / "runs") != [process.pid]:
+            assert process.poll() is None
+        assert left_over(tmp_path / "run") == left_over(tmp_path / "other") == []
+        with pytest.raises(ValueError, match=rf"has trials that still run \(process {process.pid}\)"):
+            chaos.run_chaos(trials=1, seed=0, kinds="kill", folder=tmp_path / "runs")
+        process.kill()
+    chaos.run_chaos(trials=1, seed=0, kinds="kill", folder=tmp_path / "runs")
 
 
 def test_without_a_disk_to_fill_it_is_said_before_anything_is_trained(

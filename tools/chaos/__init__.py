@@ -18,7 +18,7 @@ from pretrain.writable import check_writable
 from .disk import release, small_disk
 from .faults import NUM_RANKS, draw, parse_kinds
 from .outcome import Outcome, conduct
-from .processes import refuse_without_proc
+from .processes import left_over, refuse_without_proc
 from .reference import undisturbed
 from .report import as_line, as_table, results
 from .tiny_run import tiny_run
@@ -50,7 +50,7 @@ def run_chaos(
     numbers = range(1, trials + 1) if only is None else [only]
     with _sigterm_cleans_up():
         outcomes = _conduct_all(numbers, seed, chosen, folder)
-    Console().print(as_table(outcomes))
+    Console(width=100).print(as_table(outcomes))
     record.write(results(outcomes), json_file)
     return int(any(outcome.problems for outcome in outcomes))
 
@@ -78,10 +78,15 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     """Makes the folder, or clears it of what an earlier chaos left.
 
     Raises:
-        ValueError: something else is in it.
+        ValueError: something else is in it, or trials run there.
     """
     if folder.exists() and not (folder / ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else: choose another --folder, or remove it")
+    if running := left_over(folder):
+        raise ValueError(
+            f"{folder} has trials that still run (process {', '.join(map(str, running))}): end them, or choose another "
+            "--folder"
+        )
     for place in folder.glob("trial-*"):
         release(place / "run")
         shutil.rmtree(place)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,19 +33,19 @@ class Torchrun:
     Args:
         arguments: a module and what it takes.
         log: its output is appended there.
-        mark: distinguishes its processes from all others.
+        trial: its folder, by which its processes are told from all others.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, mark: str) -> None:
-        self.mark = f"{MARK}={mark}".encode()
+    def __init__(self, arguments: Sequence[str], log: Path, trial: Path) -> None:
+        self.mark = _mark(trial)
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), MARK: mark}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
         options = [f"--max-restarts={MAX_RESTARTS}", "--shutdown-timeout=300"]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *options, "-m", *arguments],
-                env=environment,
+                env=environment | {MARK: self.mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -68,15 +68,19 @@ class Torchrun:
 
     def everything(self) -> list[int]:
         """torchrun, ranks and their children, orphans included."""
-        numbers = [int(path.name) for path in PROC.iterdir() if path.name.isdigit()]
-        return [number for number in numbers if self.mark in _environment(number)]
+        return _marked(lambda mark: mark == self.mark)
 
     def end(self) -> None:
         """Kills all of it, and waits until it is gone."""
-        while alive := [number for number in self.everything() if is_alive(number)]:
+        while alive := self.everything():
             kill(alive)
             time.sleep(POLL)
         self.process.wait()
+
+
+def left_over(folder: Path) -> list[int]:
+    """Processes of trials below a folder that still run, although the chaos that started them may be gone."""
+    return _marked(lambda mark: mark.startswith(_mark(folder) + os.sep))
 
 
 def kill(numbers: Iterable[int], number_of_signal: signal.Signals = signal.SIGKILL) -> int:
@@ -95,6 +99,20 @@ def is_alive(number: int) -> bool:
         return (PROC / f"{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def _mark(folder: Path) -> str:
+    return str(folder.resolve())
+
+
+def _marked(wanted: Callable[[str], bool]) -> list[int]:
+    numbers = [int(path.name) for path in PROC.iterdir() if path.name.isdigit()]
+    return [number for number in numbers if any(map(wanted, _marks(number))) and is_alive(number)]
+
+
+def _marks(number: int) -> list[str]:
+    prefix = f"{MARK}=".encode()
+    return [os.fsdecode(entry[len(prefix) :]) for entry in _environment(number) if entry.startswith(prefix)]
 
 
 def _environment(number: int) -> list[bytes]:

@@ -49,7 +49,7 @@ def undisturbed(folder: Path, *poison: str) -> Reference:
     """
     folder.mkdir(parents=True)
     began, saves = time.monotonic(), dict[int, list[float]]()
-    torchrun = Torchrun(start_command(folder, *poison), folder / LOG, str(folder))
+    torchrun = Torchrun(start_command(folder, *poison), folder / LOG, folder)
     try:
         run = RunFolder(folder / "run")
         while not torchrun.ended():

@@ -77,7 +77,7 @@ class Disturbance:
         self.starts += 1
         if self.starts > MOST_STARTS:
             raise Stuck(f"it was started {MOST_STARTS} times and has not finished")
-        self.torchrun = Torchrun(self.command, self.folder / LOG, str(self.folder))
+        self.torchrun = Torchrun(self.command, self.folder / LOG, self.folder)
 
     def _has_finished(self) -> bool:
         """Waits for the end; False where a full disk has led to it, and it has to be started again."""
