@@ -43,18 +43,15 @@ def conduct(trial: Trial, folder: Path, reference: Reference) -> Outcome:
     began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    step = 0 if trial.poison is None else poisoned_step(trial.poison)
-    history, problems = History(), list[str]()
+    poison = () if trial.poison is None else (str(poisoned_step(trial.poison)), str(trial.poison.rank))
     with _disk(trial, folder):
-        poison = () if trial.poison is None else (str(step), str(trial.poison.rank))
         disturbance = Disturbance(trial, folder, start_command(folder, *poison), reference)
+        outcome = Outcome(trial, disturbance.history)
         try:
-            history = disturbance.to_the_end()
-        except Stuck as stuck:
-            history, problems = disturbance.history, [str(stuck)]
-        outcome = Outcome(trial, history, problems)
-        if not problems:
+            disturbance.to_the_end()
             _judge(outcome, folder, reference)
+        except Stuck as stuck:
+            outcome.problems.append(str(stuck))
     outcome.seconds = time.monotonic() - began
     if outcome.problems:
         (folder / "trial.json").write_text(json.dumps(asdict(outcome), indent=1, default=sorted))

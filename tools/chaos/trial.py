@@ -57,8 +57,8 @@ class Disturbance:
         self.patience = max(300.0, 20 * self.pace.whole)
         self.run, self.history, self.starts = RunFolder(folder / "run"), History(), 0
 
-    def to_the_end(self) -> History:
-        """The history of the run, once it has ended.
+    def to_the_end(self) -> None:
+        """Lets the run begin, disturbs it, and waits until it has ended well.
 
         Raises:
             Stuck: it does not get on.
@@ -71,7 +71,6 @@ class Disturbance:
                 self._start()
         finally:
             self.torchrun.end()
-        return self.history
 
     def _start(self) -> None:
         self.starts += 1
