@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from model import flash
 from model.attention import attend, prepare
 from model.flash import FlashPlan, document_segments
 from model.masks import MaskSpec
@@ -119,3 +120,28 @@ def test_documents_equal_a_loop_over_their_segments(seed: int) -> None:
             own = document_BL[row] == number
             alone = scaled_dot_product_attention(*(x[row, own].transpose(0, 1) for x in (query, key, value)))
             assert torch.allclose(found[row, own], alone.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_groups", "width"), [(2, 2, 8), (4, 2, 8), (2, 2, 5)])
+def test_pytorchs_kernel_is_asked_for_the_same(
+    causal: bool, num_heads: int, num_groups: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that takes what PyTorch's does: widths in eights, a window for causal, grouped heads by request."""
+    asked: list[bool] = []
+
+    def stand_in(*inputs: Tensor | int, scale: float, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:
+        query, key, value, *segments = inputs
+        assert isinstance(query, Tensor)
+        assert query.shape[-1] % 8 == 0
+        assert window_size in ((-1, -1), (-1, 0))
+        asked.append(enable_gqa)
+        corrected = query * scale * query.shape[-1] ** 0.5
+        return reference(corrected, key, value, *segments, causal=window_size == (-1, 0))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flash, "varlen_attn", stand_in)
+    inputs = [random(6, heads, width, seed=seed) for seed, heads in enumerate((num_heads, num_groups, num_groups))]
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32)
+    found = flash._varlen(*inputs, ends, ends, 4, 4, causal=causal)
+    torch.testing.assert_close(found, reference(*inputs, ends, ends, 4, 4, causal=causal))
+    assert asked == [num_heads != num_groups]

@@ -128,6 +128,15 @@ def test_a_step_is_as_long_as_the_longer_of_computing_and_sending() -> None:
     assert fast.tokens_per_second == pytest.approx(1024 * LENGTH / fast.step_seconds)
 
 
+def test_an_axis_has_the_adapters_of_its_own_ranks() -> None:
+    """Replicas lie one to a node, in pairs that each have one adapter; shards stay within a node."""
+    config, gpu = small("parallel.replicate=2", f"train.batch_tokens={16 * LENGTH}"), find("a100-80")
+    plan = estimate(config, trace(config, 16), gpu, nodes=2, gpus_per_node=8)
+    assert plan.trace.axes == {"weights": tuple(range(8)), "replicate": (0, 8)}
+    assert plan.sending["replicate"] == pytest.approx(plan.trace.sent["replicate"] / (0.8 * gpu.outside))
+    assert plan.sending["weights"] == pytest.approx(plan.trace.sent["weights"] / (0.8 * gpu.inside))
+
+
 def test_what_does_not_fit_comes_with_settings_that_do() -> None:
     config = small(f"train.batch_tokens={64 * LENGTH}")
     gpu = GPUS["h100"]

@@ -19,6 +19,7 @@ from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
+from pretrain.recipes.coder import coder_1_5b
 from pretrain.throughput import peak_flops
 
 from .timing import in_turn
@@ -26,19 +27,9 @@ from .timing import in_turn
 NUM_SEQUENCES, LENGTH, BLOCK_SIZE, DOCUMENT = 4, 4096, 32, 700
 VOCABULARY = 151_666
 """Tokens of the tokenizer; the table has spare rows."""
-BACKBONE = TransformerConfig(
-    dim=1536,
-    num_layers=28,
-    num_heads=12,
-    num_kv_heads=2,
-    ffn_dim=8960,
-    norm="rmsnorm",
-    ffn="swiglu",
-    qkv_bias=True,
-    tie_embeddings=True,
-    rope_theta=1_000_000.0,
-)
-MDLM = ModelConfig(backbone=BACKBONE, vocab_size=151_936, mask_id=VOCABULARY)
+MDLM = replace(coder_1_5b().model, mask_id=VOCABULARY)
+BACKBONE = MDLM.backbone
+assert isinstance(BACKBONE, TransformerConfig)
 VMD = replace(
     MDLM,
     backbone=replace(BACKBONE, condition_dim=128),

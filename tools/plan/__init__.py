@@ -1,6 +1,5 @@
 """`penumbra plan`: will it fit, how fast could it be, and for how long; on a laptop, before anything is rented."""
 
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +40,5 @@ def run_plan(config: RunConfig, gpu_name: str, *, nodes: int, gpus_per_node: int
 
 
 def _plan(config: RunConfig, *, gpu_name: str, nodes: int, gpus_per_node: int) -> Plan:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Slicing a flattened dim")  # of PyTorch, about meshes with several axes
-        traced = trace(config, nodes * gpus_per_node)
+    traced = trace(config, nodes * gpus_per_node)
     return estimate(config, traced, find(gpu_name), nodes=nodes, gpus_per_node=gpus_per_node)

@@ -1,5 +1,6 @@
 """From what a rank holds and sends to whether it fits and how long it takes: a roofline, and no measurement."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,8 +61,7 @@ def estimate(config: RunConfig, trace: Trace, gpu: Gpu, *, nodes: int, gpus_per_
     compute = done / world / (gpu.flops * gpu.reached)
     optimizer = OPTIMIZER_TRAFFIC * (trace.parameters + trace.optimizer) / gpu.memory_bandwidth
     sending = {
-        axis: sent / gpu.bandwidth(_num_nodes(trace.axes[axis], gpus_per_node), gpus_per_node)
-        for axis, sent in trace.sent.items()
+        axis: sent / gpu.bandwidth(*_spread(trace.axes[axis], gpus_per_node)) for axis, sent in trace.sent.items()
     }
     beside = sum(sending.get(axis, 0.0) for axis in HIDDEN_BEHIND_WORK)
     between = sum(seconds for axis, seconds in sending.items() if axis not in HIDDEN_BEHIND_WORK)
@@ -93,5 +93,7 @@ def _repeated(config: RunConfig) -> float:
     return 4 / 3 if config.train.recompute == "full" else 1.0
 
 
-def _num_nodes(ranks: tuple[int, ...], gpus_per_node: int) -> int:
-    return len({rank // gpus_per_node for rank in ranks})
+def _spread(ranks: tuple[int, ...], gpus_per_node: int) -> tuple[int, int]:
+    """Over how many nodes an axis lies, and with how many ranks in each."""
+    nodes = Counter(rank // gpus_per_node for rank in ranks)
+    return len(nodes), max(nodes.values())

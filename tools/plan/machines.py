@@ -32,9 +32,9 @@ class Gpu:
     inside: float
     outside: float
 
-    def bandwidth(self, num_nodes: int, gpus_per_node: int) -> float:
-        """Bus bandwidth of a collective over ranks of one node or of several, whose rings share a node's adapters."""
-        wire = self.inside if num_nodes == 1 else min(self.inside, gpus_per_node * self.outside)
+    def bandwidth(self, num_nodes: int, ranks_per_node: int) -> float:
+        """Bus bandwidth of a collective over ranks of one node, or of several, with an adapter each of these ranks."""
+        wire = self.inside if num_nodes == 1 else min(self.inside, ranks_per_node * self.outside)
         return 0.8 * wire
 
 
