@@ -18,7 +18,7 @@ from .collapse import posterior_sums
 from .config import ModelConfig, PointMlpConfig, TransformerConfig
 from .corruption import Corruption, MaskSchedule, shift_right
 from .latent import EarlierBlocksPrior, Gaussian, Latent, standard_normal
-from .masks import MaskSpec
+from .masks import Annealing, MaskSpec
 from .noise import Stream
 from .point_mlp import PointMlp
 from .transformer import Transformer
@@ -33,10 +33,12 @@ class StepSchedule:
 
     Args:
         kl_weight: multiplies the KL of the latents (VADD Eq. 11).
+        annealing: how far the denoiser's attention has opened, where it does not see everything yet.
         statistics: whether the step is logged, so that sums about the latents are wanted.
     """
 
     kl_weight: float = 1.0
+    annealing: Annealing | None = None
     statistics: bool = False
 
 
@@ -115,7 +117,9 @@ class MaskedDiffusion(nn.Module):
         hint_BLD = None if self.augmentation is None else self.draw_hint(corruption)
         draw = None if self.latent is None else self.draw_latent(batch, corruption)
         latent_BSd = None if draw is None else draw.z_BSd
-        hidden_BLD = self.hidden(batch, corruption, hint=hint_BLD, latent=latent_BSd, dropout=dropout)
+        hidden_BLD = self.hidden(
+            batch, corruption, hint=hint_BLD, latent=latent_BSd, annealing=step.annealing, dropout=dropout
+        )
         part = self.denoiser.part if isinstance(self.denoiser, Transformer) else None
         if part is not None:
             corruption = corruption.share_of_rows(part.rank, part.size)
@@ -141,6 +145,7 @@ class MaskedDiffusion(nn.Module):
         *,
         hint: Tensor | None = None,
         latent: Tensor | None = None,
+        annealing: Annealing | None = None,
         dropout: Stream | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] of the corrupted positions, with blocks from one pass over [x_t | x_0].
@@ -148,6 +153,7 @@ class MaskedDiffusion(nn.Module):
         Args:
             hint: what is added to the embeddings of x_t, [B, L, D]; see `draw_hint`.
             latent: z of each segment, [B, S, d].
+            annealing: how far attention has opened; None: as far as the model's goes.
             dropout: the stream to draw dropout from.
         """
         length, segments = batch.tokens_BL.shape[1], corruption.num_segments
@@ -155,7 +161,7 @@ class MaskedDiffusion(nn.Module):
         if hint is not None:
             x_BLD = x_BLD + hint
         positions, latent_BSd = batch.positions_BL, latent
-        spec = self.mask(document_BL=batch.document_BL, two_streams=segments > 1)
+        spec = self.mask(document_BL=batch.document_BL, two_streams=segments > 1, annealing=annealing)
         if segments > 1:
             clean_BLD = self.denoiser.embed(batch.tokens_BL)
             if self.config.augmentation is not None and self.config.augmentation.fusion == "literal":
@@ -261,10 +267,17 @@ class MaskedDiffusion(nn.Module):
         spec = mask or (MaskSpec() if cache is not None else self.mask())
         return self._run(x_BLD, t_BS, latent, mask=spec, cache=cache, positions=positions)
 
-    def mask(self, *, document_BL: Tensor | None = None, two_streams: bool = False) -> MaskSpec:
+    def mask(
+        self,
+        *,
+        document_BL: Tensor | None = None,
+        two_streams: bool = False,
+        annealing: Annealing | None = None,
+    ) -> MaskSpec:
         """What the denoiser's attention may see."""
-        direction: Literal["causal", "bidirectional"] = "causal" if self.config.autoregressive else "bidirectional"
-        return MaskSpec(direction, document_BL, self.config.block_size, two_streams)
+        causal = self.config.autoregressive or annealing is not None
+        direction: Literal["causal", "bidirectional"] = "causal" if causal else "bidirectional"
+        return MaskSpec(direction, document_BL, self.config.block_size, two_streams, annealing)
 
     def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
         """Logits [M, V] in float32, the mask's own at minus infinity."""

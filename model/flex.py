@@ -31,13 +31,13 @@ class FlexPlan:
     def of(cls, mask: MaskSpec, num_queries: int, num_cached: int, device: torch.device) -> "FlexPlan":
         """For queries that follow `num_cached` earlier keys.
 
-        A mask without documents depends on nothing but its description, and is built once; documents are new each time.
+        A mask that depends on nothing but its shape is built once; documents are new each time, an annealing each step.
         """
         if device.type == "cpu":
             build, kernel = create_block_mask, cast(Callable[..., Tensor], flex_attention)
         else:
             build, kernel = _compiled(create_block_mask), _compiled(flex_attention)
-        if mask.document_BL is None:
+        if mask.document_BL is None and mask.annealing is None:
             return cls(_fixed_block_mask(mask, num_queries, num_cached, device), kernel)
         return cls(_block_mask(mask, num_queries, num_cached, device, build), kernel)
 
@@ -68,7 +68,7 @@ def _fixed_block_mask(mask: MaskSpec, num_queries: int, num_cached: int, device:
 def _block_mask(
     mask: MaskSpec, num_queries: int, num_cached: int, device: torch.device, build: Callable[..., BlockMask]
 ) -> BlockMask | None:
-    sees = mask.rule(num_cached + num_queries)
+    sees = mask.rule(num_cached + num_queries, device)
     if sees is None:
         return None
 

@@ -10,9 +10,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-MaskKind = Literal["bidirectional", "causal", "documents", "blocks"]
+from .noise import bernoulli_at
+
+MaskKind = Literal["bidirectional", "causal", "annealing", "documents", "blocks"]
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(row, query, key) -> whether that query may attend to that key, elementwise; queries count from the first key."""
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How far a causal mask has opened on its way to a bidirectional one; one pattern for all rows, heads and layers.
+
+    Args:
+        ratio: of what lies ahead that is seen, in [0, 1].
+        key: unsigned 64 bits; every pair of a query and a later key is seen with probability `ratio`, drawn from this
+            key (DiffuLLaMA; Gong et al. 2024). None: the keys are seen that lie nearest ahead.
+    """
+
+    ratio: float
+    key: int | None = None
+
+    def ahead(self, num_keys: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """(query, later key) -> whether it is seen, elementwise."""
+        if self.key is None:
+            width = torch.tensor(int(self.ratio * num_keys), device=device)
+            return lambda query, key: key <= query + width
+        draw = bernoulli_at(self.key, self.ratio, device)
+        return lambda query, key: draw((query << 32) + key)
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,7 @@ class MaskSpec:
 
     Args:
         direction: `bidirectional`, or `causal` (a query sees keys up to its own position); blocks have their own.
+        annealing: which later keys a causal mask shows all the same; None: none.
         document_BL: document numbers, int [B, L]; a query sees its own document only. None: one document per row.
         block_size: positions of a block; 0: the whole sequence is one.
         two_streams: whether the sequence is there twice, as in block training.
@@ -35,17 +60,21 @@ class MaskSpec:
     document_BL: Tensor | None = None
     block_size: int = 0
     two_streams: bool = False
+    annealing: Annealing | None = None
 
     @property
     def kinds(self) -> list[MaskKind]:
         """What a backend must express to attend under this mask."""
-        shape: MaskKind = "blocks" if self.block_size else self.direction
+        shape: MaskKind = self.direction if self.annealing is None else "annealing"
+        if self.block_size:
+            shape = "blocks"
         return [shape] if self.document_BL is None else [shape, "documents"]
 
-    def rule(self, num_keys: int) -> Rule | None:
-        """The mask as a function of indices; None where nothing is hidden."""
+    def rule(self, num_keys: int, device: torch.device) -> Rule | None:
+        """The mask as a function of indices on a device; None where nothing is hidden."""
         size, causal = self.block_size, self.direction == "causal"
         length = num_keys // 2 if self.two_streams else num_keys
+        ahead = None if self.annealing is None else self.annealing.ahead(num_keys, device)
         document_BS = self.document_BL
         if document_BS is not None and self.two_streams:
             document_BS = document_BS.repeat(1, 2)
@@ -58,7 +87,7 @@ class MaskSpec:
             elif size:
                 seen = key // size <= query // size
             elif causal:
-                seen = key <= query
+                seen = key <= query if ahead is None else (key <= query) | ahead(query, key)
             else:
                 assert document_BS is not None
                 return document_BS[row, query] == document_BS[row, key]
@@ -71,7 +100,7 @@ class MaskSpec:
 
         Queries are the last `num_queries` of the keys: the earlier ones come from a cache.
         """
-        sees = self.rule(num_keys)
+        sees = self.rule(num_keys, device)
         if sees is None or (self.kinds == ["causal"] and num_queries == 1):
             return None
         num_rows = 1 if self.document_BL is None else self.document_BL.shape[0]

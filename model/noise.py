@@ -8,6 +8,7 @@ Shapes: B sequences of a batch; trailing dimensions are the caller's.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,11 @@ def stream_key(seed: int, name: str) -> int:
     """The unsigned 64-bit key of a named stream under a seed."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
+
+
+def step_key(seed: int, step: int, name: str) -> int:
+    """The unsigned 64-bit key of a named stream at one step of a run."""
+    return _mix_integer(stream_key(seed, name) + _mix_integer(step))
 
 
 @dataclass(frozen=True)
@@ -123,15 +129,14 @@ class NoiseKey:
 
     def stream(self, name: str) -> Stream:
         """The named stream of every sequence in the batch."""
-        key = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
-        return Stream(_mix(_mix(self.index_B) + _signed(key)))
+        return Stream(_mix(_mix(self.index_B) + _signed(step_key(self.seed, self.step, name))))
 
     def stratified(self, name: str = "time", num_segments: int = 1) -> Tensor:
         """Float64 [B, S] in (0, 1): frac(u + j phi) for global index j, so every contiguous slice is stratified.
 
         A Weyl sequence in 64-bit integers, bit-identical on every device; u depends on step and segment alone.
         """
-        start = _mix_integer(stream_key(self.seed, name) + _mix_integer(self.step))
+        start = step_key(self.seed, self.step, name)
         starts = [_signed(start), *(_signed(_mix_integer(start + segment)) for segment in range(1, num_segments))]
         start_S = torch.tensor(starts, dtype=torch.int64).to(self.index_B.device)
         return _unit_interval(self.index_B[:, None] * _signed(_GOLDEN) + start_S)
@@ -139,6 +144,16 @@ class NoiseKey:
     def rows(self, start: int, stop: int) -> "NoiseKey":
         """The key of the sequences start..stop of this batch."""
         return NoiseKey(self.seed, self.step, self.index_B[start:stop])
+
+
+def bernoulli_at(key: int, probability: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """(counters, int64, any shape) -> draws of the stream `key` that are True with one probability.
+
+    Key and probability are tensors inside, so that a compiled kernel serves every step.
+    """
+    base = torch.tensor(_signed(key), device=device)
+    threshold = torch.tensor(round(probability * 2.0**32), device=device)
+    return lambda index: _shift_right(_mix(index * _signed(_GOLDEN) + base), 32) < threshold
 
 
 def normal_at(key: int, index: Tensor) -> Tensor:

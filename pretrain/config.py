@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from model.config import BackboneConfig, ModelConfig, Settings
+from model.config import BackboneConfig, ModelConfig, Settings, TransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,10 @@ class TrainConfig(Settings):
     """Weight of a latent's KL at the end of its annealing (1 is VADD's DELBO)."""
     kl_anneal_steps: int = 0
     """Steps over which that weight grows linearly from 0; without annealing a latent tends to collapse."""
+    attention_anneal: Literal["at_once", "bernoulli", "window"] = "at_once"
+    """How the attention of causal weights opens: to everything, to later positions by chance, or nearest first."""
+    attention_anneal_steps: int = 0
+    """Steps over which it opens linearly, where it does not at once."""
     on_spike: Literal["skip", "rollback", "stop"] = "skip"
     """A spike: leave its update out; go back to the newest checkpoint and on after its data; end with exit code 70."""
     spike_factor: float = 0.0
@@ -341,6 +345,7 @@ class RunConfig(Settings):
         if micro is not None and (micro < length or micro % length):
             yield f"train.micro_batch_tokens={micro} is not a positive multiple of data.length={length}"
         yield from self._freeze_problems()
+        yield from self._annealing_problems()
         if not 0 <= train.ema_decay < 1:
             yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
         if 0 < train.spike_factor <= 1:
@@ -361,6 +366,7 @@ class RunConfig(Settings):
             ("train.clip_norm", train.clip_norm, 1e-12),
             ("train.kl_weight", train.kl_weight, 0),
             ("train.kl_anneal_steps", train.kl_anneal_steps, 0),
+            ("train.attention_anneal_steps", train.attention_anneal_steps, 0),
             ("train.spike_factor", train.spike_factor, 0),
             ("train.time_limit_minutes", train.time_limit_minutes, 0),
             ("train.watchdog_minutes", train.watchdog_minutes, 0),
@@ -403,6 +409,28 @@ class RunConfig(Settings):
                 f"data.length={length} does not divide among parallel.context={context} x parallel.tensor={tensor} "
                 f"processes: use a multiple of {context * tensor}, or smaller axes"
             )
+
+    def _annealing_problems(self) -> Iterator[str]:
+        """Attention that can not open by and by."""
+        train, model = self.train, self.model
+        name = f"train.attention_anneal={train.attention_anneal}"
+        if train.attention_anneal == "at_once":
+            if train.attention_anneal_steps:
+                yield (
+                    f"train.attention_anneal_steps={train.attention_anneal_steps} has no use with {name}: "
+                    "set train.attention_anneal=bernoulli or window, or leave the steps out"
+                )
+            return
+        if not train.attention_anneal_steps:
+            yield f"{name} needs train.attention_anneal_steps, such as a tenth of train.steps={train.steps}"
+        for has, what in (
+            (model.block_size, f"model.block_size={model.block_size}, whose attention is causal by blocks"),
+            (model.autoregressive, "model.autoregressive=True, whose attention stays causal"),
+            (not isinstance(model.backbone, TransformerConfig), "a backbone without attention"),
+            (train.attention == "flash", "train.attention=flash, which has no such mask (flex and sdpa do)"),
+        ):
+            if has:
+                yield f"{name} does not go with {what}: set train.attention_anneal=at_once, or change that"
 
     def _freeze_problems(self) -> Iterator[str]:
         for pattern in self.train.freeze:

@@ -3,6 +3,8 @@
 import math
 
 from model.diffusion import StepSchedule
+from model.masks import Annealing
+from model.noise import step_key
 
 from .config import OptimConfig, RunConfig
 
@@ -30,7 +32,16 @@ def step_schedule(position: int, config: RunConfig, passed_over: int = 0) -> Ste
     step, train = position - passed_over, config.train
     annealed = min(1.0, (step + 1) / train.kl_anneal_steps) if train.kl_anneal_steps else 1.0
     logged = (step + 1) % config.log.every == 0 or step + 1 == train.steps
-    return StepSchedule(kl_weight=train.kl_weight * annealed, statistics=logged)
+    return StepSchedule(train.kl_weight * annealed, attention_annealing(step, config), logged)
+
+
+def attention_annealing(step: int, config: RunConfig) -> Annealing | None:
+    """How far attention has opened at the step (counted from 0), linearly; None where it sees everything."""
+    ratio = (step + 1) / max(1, config.train.attention_anneal_steps)
+    if config.train.attention_anneal == "at_once" or ratio >= 1:
+        return None
+    drawn = config.train.attention_anneal == "bernoulli"
+    return Annealing(ratio, step_key(config.seed, step, "attention") if drawn else None)
 
 
 def averaging_decay(decay: float, step: int) -> float:

@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[tuple[str, ...], float]] = {
     "block_vmd": ((*LATENT, "model.block_size=8", "model.backbone.modulation=shared"), 1e-5),
     "prior": ((*LATENT, "model.block_size=8", "model.latent.prior=earlier_blocks"), 1e-5),
     "cadd": (("model.augmentation.fusion=concat", "model.augmentation.mse_weight=0.1"), 1e-5),
+    "annealed": (("train.attention_anneal=bernoulli", "train.attention_anneal_steps=6"), 1e-5),
     "frozen": ((*LATENT, "train.freeze=[denoiser\\.(embed|blocks\\.0)\\..*]"), 1e-5),
 }
 """Overrides, and how near two processes come to one."""
@@ -135,7 +136,7 @@ def test_two_processes_compute_what_one_computes(worlds: Worlds) -> None:
 def check_losses_norms_and_bounds(worlds: Worlds, name: str, tolerance: float) -> None:
     one, two = worlds.trace(f"{name}-1"), worlds.trace(f"{name}-2")
     assert sorted(one) == list(range(1, 9))
-    kind = {"fp32": "nelbo", "bf16": "nelbo", "cadd": "nll_discrete"}.get(name, "delbo")
+    kind = {"fp32": "nelbo", "bf16": "nelbo", "annealed": "nelbo", "cadd": "nll_discrete"}.get(name, "delbo")
     assert {"train.loss", "train.ce", "train.grad_norm", f"validation.{kind}"} <= one[8].keys()
     assert ("train.kl" in one[8]) == (kind == "delbo")
     assert_close(two, one, tolerance)

@@ -10,7 +10,7 @@ from model.attention import BACKENDS, AttentionName, BackendName, choose, prepar
 from model.config import LatentConfig, ModelConfig, PointMlpConfig, TransformerConfig
 from model.diffusion import MaskedDiffusion
 from model.flex import FlexPlan
-from model.masks import MaskKind, MaskSpec
+from model.masks import Annealing, MaskKind, MaskSpec
 from model.sdpa import SdpaPlan
 from model.transformer import Transformer, use_attention
 from pretrain.config import TrainConfig, validate
@@ -22,6 +22,8 @@ SPECS = {
     "causal": MaskSpec("causal"),
     "documents": MaskSpec(document_BL=DOCUMENTS),
     "causal documents": MaskSpec("causal", DOCUMENTS),
+    "annealing": MaskSpec("causal", annealing=Annealing(0.5, 7)),
+    "annealing, documents": MaskSpec("causal", DOCUMENTS, annealing=Annealing(0.5)),
     "blocks": MaskSpec(block_size=2),
     "two streams": MaskSpec(block_size=2, two_streams=True),
     "two streams, documents": MaskSpec(document_BL=DOCUMENTS, block_size=2, two_streams=True),
@@ -38,13 +40,13 @@ def test_the_table_knows_every_backend_and_every_mask() -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_blocks_are_refused_by_flash_and_nothing_else(name: str) -> None:
-    spec = SPECS[name]
+def test_blocks_and_annealing_are_refused_by_flash_and_nothing_else(name: str) -> None:
+    spec, kind = SPECS[name], SPECS[name].kinds[0]
     with torch.no_grad():
         assert isinstance(prepare(spec, INPUTS, 0, "sdpa"), SdpaPlan)
         assert isinstance(prepare(spec, INPUTS, 0, "flex"), FlexPlan)
-    if spec.block_size:
-        with pytest.raises(ValueError, match=r"flash can not express a mask of blocks, .*train\.attention=flex"):
+    if kind in ("blocks", "annealing"):
+        with pytest.raises(ValueError, match=rf"flash can not express a mask of {kind}, .*train\.attention=flex"):
             prepare(spec, INPUTS, 0, "flash")
     else:
         with pytest.raises(ValueError, match=r"flash computes on cuda only, not on cpu: set train\.attention=sdpa"):
@@ -79,6 +81,8 @@ AUTO_ON_CUDA = {  # in bf16, in fp32
     "causal": ("sdpa", "sdpa"),
     "documents": ("flash", "flex"),
     "causal documents": ("flash", "flex"),
+    "annealing": ("flex", "flex"),
+    "annealing, documents": ("flex", "flex"),
     "blocks": ("flex", "flex"),
     "two streams": ("flex", "flex"),
     "two streams, documents": ("flex", "flex"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import BACKENDS, BackendName, attend, prepare
-from model.masks import MaskSpec
+from model.masks import Annealing, MaskSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 NUM_ROWS, LENGTH, NUM_HEADS = 3, 256, 4
@@ -27,6 +27,9 @@ SPECS = {
     "causal": MaskSpec("causal"),
     "documents": MaskSpec(document_BL=documents()),
     "causal documents": MaskSpec("causal", documents()),
+    "annealing": MaskSpec("causal", annealing=Annealing(0.5, 7)),
+    "annealing, documents": MaskSpec("causal", documents(), annealing=Annealing(0.3, 8)),
+    "window": MaskSpec("causal", annealing=Annealing(0.2)),
     "blocks": MaskSpec(block_size=32),
     "two streams": MaskSpec(block_size=32, two_streams=True),
     "two streams, documents": MaskSpec(document_BL=documents()[:, : LENGTH // 2], block_size=32, two_streams=True),

@@ -1,10 +1,12 @@
 """Masks of blocks, streams and documents against a brute-force restatement of what a query may see."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
-from model.masks import MaskSpec
+from model.masks import Annealing, MaskSpec
 
 CPU = torch.device("cpu")
 SIZES = [(8, 1), (8, 2), (8, 4), (8, 8), (6, 3), (7, 7)]
@@ -88,3 +90,41 @@ def test_queries_are_the_last_of_the_keys(spec: MaskSpec) -> None:
 def test_nothing_hidden_needs_no_mask() -> None:
     assert MaskSpec().visible(8, 8, CPU) is None
     assert MaskSpec("causal").visible(1, 8, CPU) is None
+
+
+def opened(ratio: float, key: int | None, document_BL: Tensor | None = None, length: int = 64) -> Tensor:
+    return visible(MaskSpec("causal", document_BL, annealing=Annealing(ratio, key)), length)
+
+
+@pytest.mark.parametrize("key", [None, 3, 2**64 - 1])
+def test_annealing_opens_a_causal_mask_until_all_is_seen(key: int | None) -> None:
+    """What has once been seen under a key stays so; the past is always seen."""
+    masks = [opened(ratio, key)[0] for ratio in (0.0, 0.2, 0.5, 0.9, 1.0)]
+    assert torch.equal(masks[0], torch.ones(64, 64, dtype=torch.bool).tril())
+    assert masks[-1].all()
+    for less, more in pairwise(masks):
+        assert (more | ~less).all()
+        assert more.sum() > less.sum()
+
+
+def test_annealing_by_chance_shows_the_share_that_is_asked_for_wherever_it_lies() -> None:
+    """Each pair on its own: neither queries, keys, distances nor keys of the draw are favoured."""
+    length, ratio = 96, 0.3
+    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    draws = torch.stack([opened(ratio, key, length=length)[0] for key in range(200)]).float()
+    assert float(draws[:, ahead].mean()) == pytest.approx(ratio, abs=0.002)
+    assert float((draws.mean(0)[ahead] - ratio).std()) == pytest.approx((ratio * (1 - ratio) / 200) ** 0.5, rel=0.05)
+    pairs = draws[:, ahead] - ratio
+    neighbours = (pairs[:, 1:] * pairs[:, :-1]).mean() / pairs.square().mean()
+    steps = (pairs[1:] * pairs[:-1]).mean() / pairs.square().mean()
+    assert abs(float(neighbours)) < 0.01
+    assert abs(float(steps)) < 0.01
+
+
+def test_the_window_shows_the_nearest_and_documents_restrict_it() -> None:
+    place = torch.arange(8)
+    near = place[None, :] - place[:, None] <= 2
+    assert torch.equal(opened(0.25, None, length=8)[0], near)
+    same = DOCUMENTS[:, :, None] == DOCUMENTS[:, None]
+    assert torch.equal(opened(0.25, None, DOCUMENTS, length=8), same & near)
+    assert torch.equal(opened(0.5, 9, DOCUMENTS, length=8), same & opened(0.5, 9, length=8))

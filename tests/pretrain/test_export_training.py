@@ -232,10 +232,18 @@ def main(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine",
+    [(), ("engine=deepspeed", "parallel.zero_stage=3"), ("engine=megatron", "parallel.tensor=2")],
+    ids=["fsdp", "deepspeed", "megatron"],
+)
 def test_two_processes_divide_the_files_among_them(
-    tmp_path: Path, make_config: MakeConfig, write_config: Callable[[RunConfig, Path], Path]
+    tmp_path: Path,
+    make_config: MakeConfig,
+    write_config: Callable[[RunConfig, Path], Path],
+    engine: tuple[str, ...],
 ) -> None:
-    config = make_config(tmp_path / "run", *EVERY, "checkpoint.export_every=8", "data.num_workers=0")
+    config = make_config(tmp_path / "run", *EVERY, "checkpoint.export_every=8", "data.num_workers=0", *engine)
     path = write_config(config, tmp_path / "run.yaml")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -1,12 +1,16 @@
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pretrain.config import OptimConfig, RunConfig
+from model.masks import Annealing
+from pretrain.config import OptimConfig, RunConfig, validate
 from pretrain.schedules import learning_rate, step_schedule
 from pretrain.trainer import averaging_decay
+
+OPENING = ["train.attention_anneal=window", "train.attention_anneal_steps=4"]
 
 
 def rates(steps: int, **settings: object) -> list[float]:
@@ -65,3 +69,36 @@ def test_the_kl_weight_grows_linearly_and_stays(tmp_path: Path, make_config: Cal
 def test_statistics_are_taken_where_a_line_is_written(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
     config = make_config(tmp_path, "log.every=5")
     assert [step + 1 for step in range(12) if step_schedule(step, config).statistics] == [5, 10, 12]
+
+
+def test_attention_opens_linearly_and_by_the_step_alone(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
+    """Skipped batches do not count, as for the KL; another seed draws another pattern."""
+    overrides = ("train.attention_anneal=bernoulli", "train.attention_anneal_steps=4")
+    config = make_config(tmp_path, *overrides)
+    found = [step_schedule(step, config).annealing for step in range(6)]
+    assert [None if each is None else each.ratio for each in found] == [0.25, 0.5, 0.75, None, None, None]
+    assert len({each.key for each in found if each is not None}) == 3
+    assert step_schedule(7, config, passed_over=5).annealing == found[2]
+    other = step_schedule(0, make_config(tmp_path, *overrides, "seed=1")).annealing
+    assert found[0] is not None
+    assert other is not None
+    assert other.key != found[0].key
+    window = make_config(tmp_path, "train.attention_anneal=window", "train.attention_anneal_steps=2")
+    assert step_schedule(0, window).annealing == Annealing(0.5)
+    assert step_schedule(0, make_config(tmp_path)).annealing is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["train.attention_anneal_steps=4"], "has no use with train.attention_anneal=at_once: set"),
+        (["train.attention_anneal=window"], "needs train.attention_anneal_steps, such as a tenth of"),
+        ([*OPENING, "model.block_size=8"], "does not go with model.block_size=8, whose attention is causal by blocks"),
+        ([*OPENING, "model.autoregressive=true"], "whose attention stays causal"),
+        ([*OPENING, "train.attention=flash"], "which has no such mask (flex and sdpa do)"),
+        ([*OPENING, "model.backbone.kind=point_mlp"], "does not go with a backbone without attention"),
+    ],
+)
+def test_attention_that_can_not_open_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        validate({"name": "refused", "data": {"kind": "shards", "path": "", "length": 32}}, overrides)
