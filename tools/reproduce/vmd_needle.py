@@ -18,6 +18,8 @@ SYSTEMS = ("mdm", "vmd", "mdm_matched")
 SAMPLES, SET = 40_000, 20_000
 ROWS = 128
 BASELINE_STEPS = 800
+POWER = {20: 0.5, 30: 0.1, 40: 0.1}
+"""Of the schedule: the smaller, the nearer to 1 are times drawn."""
 LATENT_STEPS = {"quick": {20: 3000}, "full": {20: 9000, 30: 8000, 40: 7000}}
 
 
@@ -27,7 +29,8 @@ def _jobs(budget: Budget) -> dict[str, Job]:
 
 def _jobs_of(length: int, budget: Budget) -> dict[str, Job]:
     base, latent = BASELINE_STEPS, LATENT_STEPS[budget][length]
-    shared = (*SMALL, f"train.batch_tokens={ROWS * length}", "train.precision=bf16")
+    power = f"model.schedule.power={POWER[length]}"
+    shared = (*SMALL, power, f"train.batch_tokens={ROWS * length}", "train.precision=bf16")
     of_latent = (f"train.steps={latent}", f"train.kl_anneal_steps={latent // 10}")
     recipe, setting = f"needle_{length}", f"needle_{length}"
     vmd = Job(f"{recipe}_vmd", (*shared, "model.latent.recognition.num_layers=1", *of_latent))
@@ -95,10 +98,12 @@ NEEDLE = Reproduction(
     draw=_draw,
     paper=PAPER,
     notes=(
-        "Times are drawn nearer to 1 (polynomial schedule, power 0.5) and weighted for it: the same objective, but all "
-        "eight tokens of the ends are hidden in a fifth of the rows instead of a ninth. The recognition network pools "
-        "by a learned softmax. Power 0.1 hides them in half of the rows: as right in one step, but the model then "
-        "hardly meets a token that is given and does not go by it (conditional accuracy 10%).",
+        "Times are drawn nearer to 1 (polynomial schedule) and weighted for it: the same objective, but with power 0.5 "
+        "(L = 20) all eight tokens of the ends are hidden in a fifth of the rows instead of a ninth, with power 0.1 "
+        "(30 and 40) in half of them. The recognition network pools by a learned softmax.",
+        "With power 0.1 a model hardly meets a single token that is given, and does not go by it (conditional accuracy "
+        "10%). With power 0.5 the same training gave 91.3% and 80.8% at 30 and 40, and did not go by it either. "
+        "Starting from the weights of MDM, which does, let the latent collapse.",
         "KL is over the ten end patterns; conditional accuracy: the first token is given.",
     ),
 )
