@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.hf import ExportSettings, export, weights_group
 from pretrain.checkpoint.load import CHECKPOINTS, locate
+from pretrain.checkpoint.manifest import sealed_in
 from pretrain.checkpoint.save import checkpoint_name
 from pretrain.writable import check_writable
 
@@ -27,7 +28,7 @@ def run_export(run: Path, out: Path, step: int | None, settings: ExportSettings)
 def _of_step(run: Path, step: int) -> Path:
     found = run / CHECKPOINTS / checkpoint_name(step)
     if not found.is_dir():
-        sealed = sorted(path.name for path in (run / CHECKPOINTS).glob("step-*") if path.suffix != ".tmp")
-        there = ", ".join(str(int(name.removeprefix("step-"))) for name in sealed) or "none"
+        sealed = sealed_in(run / CHECKPOINTS)
+        there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sealed) or "none"
         raise ValueError(f"{run} has no checkpoint of step {step}, only of these: {there}")
     return found

@@ -143,7 +143,9 @@ def refuse_unexpressible(name: BackendName, mask: MaskSpec, part: SequencePart |
     """Raises ValueError for a kind of mask that the backend does not express, or for parts that it can not serve."""
     backend = BACKENDS[name]
     if part is not None and not backend.parts:
-        raise ValueError(f"train.attention={name} can not divide positions: set train.attention=sdpa, or context=1")
+        raise ValueError(
+            f"train.attention={name} can not divide positions: set train.attention=sdpa, or parallel.context=1"
+        )
     for kind in mask.kinds:
         if kind not in backend.masks:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from .config import RunConfig
 from .data import Data
+from .parallel.mesh import Mesh
 
 
 def run_identity(config: RunConfig, data: Data) -> dict[str, object]:
@@ -17,17 +18,20 @@ def run_identity(config: RunConfig, data: Data) -> dict[str, object]:
     }
 
 
-def rows_per_rank(config: RunConfig, size: int) -> int:
-    """Rows of the batch that each of `size` ranks takes.
+def rows_per_rank(config: RunConfig, mesh: Mesh) -> int:
+    """Rows of the batch that each rank takes; those that divide matrices or positions take the same ones.
 
     Raises:
         ValueError: they do not divide among them.
     """
-    rows = config.batch_rows
+    rows, size, sharing = config.batch_rows, mesh.data.size, mesh.world.size // mesh.data.size
     if rows % size:
-        legal = [n for n in range(1, rows + 1) if rows % n == 0]
+        replicas = config.parallel.replicate
+        legal = [n * sharing for n in range(replicas, rows + 1, replicas) if rows % n == 0]
+        together = f", {sharing} of which share a row" if sharing > 1 else ""
+        advice = f"use one of {legal} processes" if legal else f"set parallel.replicate=1 (it is {replicas})"
         raise ValueError(
-            f"a batch of {rows} rows (train.batch_tokens / data.length) does not divide among {size} processes: "
-            f"use one of {legal} processes, or change train.batch_tokens"
+            f"a batch of {rows} rows (train.batch_tokens / data.length) does not divide among {mesh.world.size} "
+            f"processes{together}: {advice}, or change train.batch_tokens"
         )
     return rows // size

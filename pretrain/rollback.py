@@ -8,13 +8,14 @@ from .parallel.mesh import Axis
 
 
 def rollback_target(config: RunConfig, world: Axis) -> Path | None:
-    """The newest good checkpoint of the schedule (checkpoint.every), or any other where there is none of these.
+    """The newest good checkpoint of the schedule (checkpoint.every); None: there is none yet.
 
     Those that a stop left in between do not count: what a run computes does not depend on when it was stopped.
     """
     folder, every = config.path / CHECKPOINTS, config.checkpoint.every
 
     def of_schedule(path: Path) -> bool:
-        return every > 0 and int(path.name.removeprefix("step-")) % every == 0
+        step = int(path.name.removeprefix("step-"))
+        return step > 0 and every > 0 and step % every == 0
 
-    return newest_good(folder, world, wanted=of_schedule) or newest_good(folder, world)
+    return newest_good(folder, world, wanted=of_schedule)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import RunConfig, load_config
 from .endings import Ending
-from .refusal import run_or_refuse
+from .refusal import EXIT_REFUSED, run_or_refuse
 
 if TYPE_CHECKING:
     from .hooks.base import Hook
@@ -174,7 +174,12 @@ def main() -> None:
     if not arguments or arguments[0].startswith("-"):
         print("usage: python -m pretrain.train RECIPE|config.yaml [key=value ...]   (see `penumbra recipes`)")
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    run_or_refuse(lambda: sys.exit(train(resolve(arguments[0], arguments[1:]))))
+    try:
+        run_or_refuse(lambda: sys.exit(train(resolve(arguments[0], arguments[1:]))))
+    except SystemExit as end:
+        if end.code == EXIT_REFUSED:
+            _end_torchrun(os.environ)
+        raise
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from model.diffusion import LossTerms, StepSchedule
 from model.flops import training_flops
 from model.noise import NoiseKey
 
-from .checkpoint.load import CHECKPOINTS, initialise_from, newest_good, resume
+from .checkpoint.agreement import on_first_rank
+from .checkpoint.load import CHECKPOINTS, initialise_from, resume, resume_point
 from .checkpoint.manifest import Kind
+from .checkpoint.retention import abandon_after
 from .checkpoint.saver import Saver
 from .config import RunConfig
 from .data import Data
@@ -70,7 +72,8 @@ class Trainer:
         self.span = self.spans or Spans(self.mesh.device)
         self.spikes = SpikeGuard(self.config.train)
         self.saved: int | None = None
-        self.rows_per_rank = rows_per_rank(self.config, self.mesh.data.size)
+        self.ranks_per_row = self.mesh.world.size // self.mesh.data.size
+        self.rows_per_rank = rows_per_rank(self.config, self.mesh)
         micro_tokens = self.config.train.micro_batch_tokens
         micro_rows = self.rows_per_rank if micro_tokens is None else micro_tokens // self.config.data.length
         self.micro_rows = min(micro_rows, self.rows_per_rank)
@@ -111,7 +114,7 @@ class Trainer:
         return ending
 
     def _start(self) -> None:
-        checkpoint = newest_good(self.config.path / CHECKPOINTS, self.mesh.world)
+        checkpoint = resume_point(self.config.path / CHECKPOINTS, self.mesh.world)
         if checkpoint is not None:
             self._resume(checkpoint)
             self.state.resumes += self.state.step < self.config.train.steps
@@ -180,8 +183,7 @@ class Trainer:
         totals = world.all_reduce([*counts, *self.stop.votes()])
         self._tell(lambda hook: hook.on_alive())
         self.stop.decide(totals[len(counts) :])
-        repeats = world.size // self.mesh.data.size
-        return [total / repeats for total in totals[: len(counts)]]
+        return [total / self.ranks_per_row for total in totals[: len(counts)]]
 
     def _step(self, share: Micro, *, divisor: float, all_masked: float) -> Tensor:
         """One optimizer step; nothing here waits for the device. Returns 1 where the update was taken, else 0."""
@@ -207,7 +209,8 @@ class Trainer:
             length=config.data.length,
             num_rows=share.corruption.num_masked,
         )
-        self.window.add(flops=flops, skipped=1.0 - take, latest=Latest(terms, norm, lr, scale, all_masked))
+        latest = Latest(terms, norm, lr, scale, all_masked)
+        self.window.add(flops=flops / self.ranks_per_row, skipped=1.0 - take, latest=latest)
         self._tell(lambda hook: hook.on_step_end(step + 1))
         return take
 
@@ -226,6 +229,7 @@ class Trainer:
         if checkpoint is None:
             return False
         self._resume(checkpoint)
+        on_first_rank(self.mesh.world, lambda: abandon_after(checkpoint))
         self.spikes.count_return(self.state.step)
         self.state.passed_over.append((self.state.next_batch, end))
         self.state.rollbacks = rollbacks + 1

@@ -28,11 +28,11 @@ class Window:
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    flops: int = 0
+    flops: float = 0.0
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
     latest: Latest | None = None
 
-    def add(self, *, flops: int, skipped: Tensor, latest: Latest) -> None:
+    def add(self, *, flops: float, skipped: Tensor, latest: Latest) -> None:
         """One more step."""
         self.steps += 1
         self.flops += flops

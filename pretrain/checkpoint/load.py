@@ -18,7 +18,7 @@ from ..engines.base import Engine
 from ..notice import notice
 from ..parallel.mesh import Axis
 from ..state import TrainState
-from .manifest import read_manifest
+from .manifest import read_manifest, sealed_in
 from .verify import ALONE, damage
 
 CHECKPOINTS = "checkpoints"
@@ -31,16 +31,28 @@ def newest_good(
 
     Damaged ones are named on stderr and passed over.
     """
-    sealed = world.from_first(
-        lambda: sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp" and wanted(p)), reverse=True)
-    )
-    for path in sealed:
+    for path in world.from_first(lambda: list(filter(wanted, reversed(sealed_in(folder))))):
         fault = damage(path, world)
         if fault is None:
             return path
         if world.rank == 0:
             notice(f"passing over checkpoint {path.name}: {fault}")
     return None
+
+
+def resume_point(folder: Path, world: Axis = ALONE) -> Path | None:
+    """The checkpoint that a run goes on from; None where it has not saved one yet.
+
+    Raises:
+        ValueError: it has some, and none of them can be used; a run that began anew would replace them.
+    """
+    found = newest_good(folder, world)
+    if found is None and (unusable := world.from_first(lambda: [path.name for path in sealed_in(folder)])):
+        raise ValueError(
+            f"of the checkpoints in {folder} none can be used ({', '.join(unusable)}; the reasons stand above): mend "
+            "them, move them away to begin anew, or set another folder=..."
+        )
+    return found
 
 
 def resume(checkpoint: Path, engine: Engine, model: ModelConfig, identity: Mapping[str, object]) -> TrainState:

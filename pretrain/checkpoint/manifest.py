@@ -15,6 +15,11 @@ Kind = Literal["permanent", "ephemeral"]
 """Ephemeral ones shorten what a crash costs, and go when a newer checkpoint is sealed."""
 
 
+def sealed_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that bear their final names, oldest first, unopened."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
 @dataclass(frozen=True)
 class FileSeal:
     """Bytes and hexadecimal sha256 of a file."""

@@ -1,5 +1,6 @@
 """Atomic saves: step-N.tmp, every file through to the disk, a manifest as seal, one rename, old ones removed."""
 
+import errno
 import json
 import platform
 import shutil
@@ -65,6 +66,7 @@ def save_checkpoint(
     partial = final.with_suffix(".tmp")
 
     def seal(tensors: Seals) -> None:
+        _refuse_unseen(partial, tensors)
         _write_small_files(partial, state, model, save_tokenizer)
         files = tensors | _seals(partial, (p for p in partial.rglob("*") if _name(partial, p) not in tensors))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -130,6 +132,14 @@ def _seals(partial: Path, paths: Iterable[Path]) -> Seals:
     """Sizes and hashes of those that are files, by their names within the checkpoint."""
     files = (path for path in paths if path.is_file())
     return {_name(partial, path): FileSeal(path.stat().st_size, sha256_of(path)) for path in files}
+
+
+def _refuse_unseen(partial: Path, seals: Seals) -> None:
+    """Raises OSError for a file of another rank that is not here, or not whole."""
+    for name, seal in seals.items():
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != seal.size:
+            raise OSError(errno.ENOENT, "rank 0 does not see what another rank wrote: is the folder shared?", str(path))
 
 
 def _name(partial: Path, path: Path) -> str:

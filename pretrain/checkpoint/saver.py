@@ -2,6 +2,7 @@
 
 import copy
 import os
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from ..engines.base import Tensors
 from ..notice import notice
 from ..parallel.mesh import RANK_TIMEOUT, Axis, Mesh
 from ..state import TrainState
+from .agreement import on_every_rank, on_first_rank
 from .manifest import Kind
 from .save import NotSaved, save_checkpoint
 
@@ -45,7 +47,7 @@ class Saver:
         clock: in seconds; rank 0's tells when an ephemeral checkpoint is due.
 
     Raises:
-        ValueError: nothing can be written to the folder.
+        ValueError: nothing can be written to the folder, or not all ranks see the same one.
     """
 
     def __init__(
@@ -62,6 +64,11 @@ class Saver:
         obstacle = mesh.world.from_first(lambda: _obstacle(folder))
         if obstacle is not None:
             raise ValueError(f"no checkpoint can be written to {folder} ({obstacle}): choose another folder=...")
+        if strangers := _strangers(folder, mesh.world):
+            raise ValueError(
+                f"{folder} is another folder for rank {strangers[0]} than for rank 0: choose one with folder=... that "
+                "all machines share"
+            )
         self.config, self.world, self.on_sealed, self.clock = config, mesh.world, on_sealed, clock
         self.axis = own_group(mesh.world) if config.asynchronous else mesh.world
         self.stager = _stager(mesh.device) if config.asynchronous else None
@@ -173,6 +180,18 @@ def _obstacle(folder: Path) -> str | None:
     except OSError as error:
         return str(error)
     return None if os.access(folder, os.W_OK | os.X_OK) else "it is write-protected"
+
+
+def _strangers(folder: Path, world: Axis) -> list[int]:
+    """Ranks that do not see what rank 0 writes into the folder; none where the disk is too full to ask."""
+    sign = folder / f".rank-0-{world.from_first(lambda: secrets.token_hex(8))}"
+    try:
+        on_first_rank(world, sign.touch)
+    except OSError:
+        return []
+    seen = on_every_rank(world, sign.exists)
+    on_first_rank(world, sign.unlink)
+    return [rank for rank, it_is in enumerate(seen) if not it_is]
 
 
 def own_group(world: Axis) -> Axis:

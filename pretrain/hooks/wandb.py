@@ -38,6 +38,7 @@ class WandbRun(Hook):
             resume="allow",
             config={**asdict(self.config), **self.about},
         )
+        self.run.define_metric("*", step_metric="step")
 
     def on_log(self, record: StepRecord) -> None:
         """Train metrics."""
@@ -58,9 +59,9 @@ class WandbRun(Hook):
         self._close()
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        """Nothing where a full disk has kept the run from opening."""
+        """Over a step of our own, which may go back; nothing where a full disk has kept the run from opening."""
         if self.run is not None:
-            self.run.log(values, step=step)
+            self.run.log({**values, "step": step})
 
     def _close(self) -> None:
         if self.run is not None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from pretrain import throughput
 from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation
 from pretrain.config import RunConfig
 from pretrain.engines.fsdp import FsdpEngine
+from pretrain.hooks.metrics import read_metrics
 from pretrain.parallel import mesh
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,7 @@ def run_here(paths: list[Path]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FsdpEngine, "forward_backward", FsdpEngine.forward_backward)
         patch.setattr(mesh, "process_mesh", mesh.process_mesh)
+        patch.setattr(throughput, "peak_flops", throughput.peak_flops)
         runpy.run_path(str(DRIVER))["main"](list(map(str, paths)))
 
 
@@ -132,6 +135,17 @@ def test_every_leg_goes_on_as_if_nothing_had_happened(journey: Journey) -> None:
             for key in compared:
                 assert line[key] == pytest.approx(whole[step][key], rel=2e-5), f"{name}: {key} at step {step}"
         assert journey.noise(name) == {i: row for i, row in masks.items() if int(i) >= leg.step * rows}, name
+
+
+def test_processes_count_the_operations_that_they_share_once(journey: Journey) -> None:
+    """Operations per token of one of four processes, whatever they divide among them, are a quarter of those of one."""
+
+    def per_token(name: str) -> float:
+        lines = [r for r in read_metrics(journey.folder / name / "metrics.jsonl") if r["kind"] == "train"]
+        return float(sum(line["mfu"] / line["tokens_per_second"] for line in lines) / len(lines))
+
+    for name in ("four", "tensor", "context"):
+        assert per_token(name) == pytest.approx(per_token("alone") / 4, rel=0.1)
 
 
 def test_what_any_layout_wrote_loads_for_evaluation(journey: Journey) -> None:

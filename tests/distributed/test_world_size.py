@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import throughput
 from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation
 from pretrain.config import RunConfig
 from pretrain.engines.fsdp import FsdpEngine
@@ -58,6 +59,7 @@ def in_one(*paths: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FsdpEngine, "forward_backward", FsdpEngine.forward_backward)
         patch.setattr(mesh, "process_mesh", mesh.process_mesh)
+        patch.setattr(throughput, "peak_flops", throughput.peak_flops)
         runpy.run_path(str(DRIVER))["main"](list(map(str, paths)))
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: whole or absent, sealed, found again, and refused where they do not fit."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +16,16 @@ import torch
 
 from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from model.config import AugmentationConfig, LatentConfig, ModelConfig, TransformerConfig
-from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation, newest_good, resume
+from pretrain.checkpoint import manifest, verify
+from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation, newest_good, resume, resume_point
+from pretrain.checkpoint.manifest import sealed_in
 from pretrain.checkpoint.save import NotSaved, checkpoint_name, save_checkpoint
-from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.endings import Ending
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 from pretrain.state import TrainState
+from pretrain.train import train
 
 MODEL = ModelConfig(backbone=TransformerConfig(dim=16, num_layers=1, num_heads=2), vocab_size=259, mask_id=256)
 
@@ -160,7 +166,10 @@ def test_a_good_checkpoint_is_not_given_up_for_a_damaged_later_one(tmp_path: Pat
     (save(tmp_path, 12, tokenizer=tokenizer) / "model.json").unlink()
     save(tmp_path, 10, tokenizer=tokenizer, keep=1)
     assert restored(tmp_path) == expected(10)
-    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == [checkpoint_name(10)]
+    assert [p.name for p in sealed_in(tmp_path / CHECKPOINTS)] == [checkpoint_name(10), checkpoint_name(12)]
+    save(tmp_path, 12, tokenizer=tokenizer, keep=1)
+    assert restored(tmp_path) == expected(12)
+    assert [p.name for p in sealed_in(tmp_path / CHECKPOINTS)] == [checkpoint_name(12)]
 
 
 def test_half_written_ones_are_ignored_and_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -212,8 +221,33 @@ def test_without_its_seal_a_checkpoint_is_none(tmp_path: Path, tokenizer: Tokeni
 
 def test_where_nothing_is_good_nothing_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert newest_good(tmp_path / CHECKPOINTS) is None
+    assert resume_point(tmp_path / CHECKPOINTS) is None
     flip(save(tmp_path, 1, tokenizer=tokenizer) / "state.json")
     assert newest_good(tmp_path / CHECKPOINTS) is None
+
+
+@pytest.mark.parametrize("reason", ["a stale handle", "another format"])
+def test_a_run_does_not_begin_anew_over_checkpoints_that_it_can_not_use(
+    tmp_path: Path, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    config = make_config(tmp_path / "run", "train.steps=4", "checkpoint.every=2")
+    train(config)
+    there = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    if reason == "a stale handle":
+        monkeypatch.setattr(verify, "sha256_of", stale)
+    else:
+        monkeypatch.setattr(manifest, "FORMAT", 2)
+    longer = make_config(tmp_path / "run", "train.steps=8", "checkpoint.every=2")
+    with pytest.raises(ValueError, match=r"none can be used \(step-00000002, step-00000004; the reasons stand above\)"):
+        train(longer)
+    assert {path: path.read_bytes() for path in there} == there
+    monkeypatch.undo()
+    assert train(longer) is Ending.FINISHED
+    assert load_for_evaluation(tmp_path / "run").state.step == 8
+
+
+def stale(path: Path) -> str:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
 
 def test_another_model_is_refused_by_its_differences(tmp_path: Path, tokenizer: Tokenizer) -> None:

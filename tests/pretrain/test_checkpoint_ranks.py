@@ -27,8 +27,9 @@ from model.corruption import corrupt
 from model.diffusion import StepSchedule
 from model.noise import NoiseKey
 from pretrain.checkpoint import save, verify
+from pretrain.checkpoint import saver as saver_module
 from pretrain.checkpoint.load import load_for_evaluation, newest_good
-from pretrain.checkpoint.manifest import read_manifest, sha256_of
+from pretrain.checkpoint.manifest import read_manifest, sealed_in, sha256_of
 from pretrain.checkpoint.save import checkpoint_name
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import CheckpointConfig, OptimConfig, ParallelConfig, TrainConfig
@@ -172,6 +173,26 @@ class Run:
                 due.append(saver.ephemeral_due())
         return {"due": due}
 
+    def folders_are_not_one(self, patch: Patch) -> dict[str, Any]:
+        """Each rank has a disk of its own; then one that is told apart too late, when the save has begun."""
+        own = self.folder / f"disk-{self.world.rank}"
+        own.mkdir()
+        patch.chdir(own)
+        shared, self.folder = self.folder, Path()
+        heard = []
+        try:
+            self.saver("run")
+        except ValueError as error:
+            heard.append(str(error))
+        patch.setattr(saver_module, "_strangers", lambda folder, world: [])
+        with self.saver("run") as saver:
+            saver.save(self.engine.state_dict(), TrainState(step=1))
+            saver.wait()
+            heard.append(str(saver.lost))
+            sealed = [path.name for path in sealed_in(Path("run"))]
+        self.folder = shared
+        return {"heard": heard, "sealed": sealed, "left": [path.name for path in Path("run").glob(".rank*")]}
+
     def verification_is_divided(self, patch: Patch) -> dict[str, Any]:
         """Files checked by this rank; then what both take for good after one file was damaged, and another."""
         checked: list[str] = []
@@ -204,6 +225,7 @@ def main(folder: Path) -> None:
             run.one_disk_is_full,
             run.one_rank_fails,
             run.the_first_rank_decides,
+            run.folders_are_not_one,
             run.verification_is_divided,
         ]
         for case in cases:
@@ -249,6 +271,12 @@ def test_two_processes_save_and_verify_together(tmp_path: Path) -> None:
         assert case["heard"] == "rank 1: LookupError: only here"
     for case in (r["the_first_rank_decides"] for r in ranks):
         assert case["due"] == [False, True, True, False]
+
+    for case in (r["folders_are_not_one"] for r in ranks):
+        refused, late = case["heard"]
+        assert refused.startswith("run is another folder for rank 1 than for rank 0: choose one with folder=... that")
+        assert "rank 0 does not see what another rank wrote: is the folder shared?" in late
+        assert case["sealed"] == case["left"] == []
 
     for case in (r["verification_is_divided"] for r in ranks):
         assert case["found"] == [names[-1], names[-2], names[-2], names[-2]]

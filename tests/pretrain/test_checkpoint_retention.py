@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.manifest import FORMAT, Kind, Manifest
-from pretrain.checkpoint.retention import retain
+from pretrain.checkpoint.manifest import FORMAT, Kind, Manifest, sealed_in
+from pretrain.checkpoint.retention import abandon_after, retain
 from pretrain.checkpoint.save import checkpoint_name
 from pretrain.config import validate
 
@@ -51,11 +51,12 @@ def test_what_is_left_after_a_row_of_saves(tmp_path: Path, saves: str, keep: int
     assert left_of(tmp_path, saves, keep=keep, keep_every=keep_every) == left
 
 
-def test_later_ones_go_unless_their_step_is_marked(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
-        seal(tmp_path, step, "permanent")
-    retain(tmp_path / checkpoint_name(20), keep=1, keep_every=40)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(20), checkpoint_name(40)]
+def test_later_ones_wait_unless_the_run_goes_another_way(tmp_path: Path) -> None:
+    paths = [seal(tmp_path, step, "permanent") for step in (10, 20, 30, 40)]
+    retain(paths[1], keep=1, keep_every=0)
+    assert sealed_in(tmp_path) == paths[1:]
+    abandon_after(paths[2])
+    assert sealed_in(tmp_path) == paths[1:3]
 
 
 def test_one_without_a_readable_seal_counts_as_permanent(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -59,7 +60,12 @@ def test_wandb_continues_a_run_by_an_id_of_its_own(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[dict[str, Any]] = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: opened.append(settings)))
+
+    def init(**settings: Any) -> SimpleNamespace:
+        opened.append(settings)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for folder in ("a/run", "a/run", "b/run"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         config = make_config(tmp_path / folder, "log.wandb_project=p")
@@ -70,6 +76,25 @@ def test_wandb_continues_a_run_by_an_id_of_its_own(
     assert opened[0]["config"]["parameters"] == 7
     assert opened[0]["config"]["model"]["backbone"]["dim"] == 32
     assert [path.name for path in (tmp_path / "b" / "run").iterdir()] == ["wandb_id"]
+
+
+def test_wandb_keeps_the_lines_of_steps_that_come_again(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B drops a line whose step is below an earlier one's: the steps are a number among the others."""
+    told = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: told))
+    (tmp_path / "run").mkdir()
+    hook = WandbRun(make_config(tmp_path / "run", "log.wandb_project=p"), {})
+    hook.on_start(TrainState(), resumed=False)
+    for step in (4, 8, 6):
+        hook.on_log(line(step, None))
+    hook.on_finish(TrainState())
+    told.define_metric.assert_called_once_with("*", step_metric="step")
+    assert [call.args[0]["step"] for call in told.log.call_args_list] == [4, 8, 6]
+    assert all(not call.kwargs for call in told.log.call_args_list)
+    assert told.log.call_args_list[0].args[0]["train/loss"] == 1.0
+    told.finish.assert_called_once_with()
 
 
 def line(step: int, kl: float | None) -> StepRecord:

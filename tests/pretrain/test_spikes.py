@@ -1,6 +1,7 @@
 """Spikes: the same decision as plain arithmetic makes, and the same again after every resume."""
 
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -204,6 +205,28 @@ def test_without_a_checkpoint_a_spike_is_skipped(
     assert train(config) is Ending.FINISHED
     assert poison.batches == list(range(6))
     assert load_for_evaluation(config.path).state.skipped == 1
+
+
+@pytest.mark.parametrize("stopped_in", [1, 3])
+def test_where_a_rollback_goes_does_not_depend_on_earlier_stops(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stopped_in: int
+) -> None:
+    """A checkpoint that a stop left before the first one of the schedule is none to go back to."""
+    Poison(monkeypatch, {3}.__contains__)
+    config = make_config(tmp_path / "run", "train.on_spike=rollback", "train.steps=6")
+    step = FsdpEngine.step
+
+    def with_signal(engine: FsdpEngine, **arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        step(engine, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FsdpEngine, "step", with_signal)
+        for _ in range(stopped_in):
+            assert train(config) is Ending.SAVED
+    assert train(config) is Ending.FINISHED
+    state = load_for_evaluation(config.path).state
+    assert (state.skipped, state.rollbacks, state.passed_over) == (1, 0, [])
 
 
 def test_rollbacks_that_do_not_help_end_the_run(

@@ -275,8 +275,15 @@ def test_a_batch_that_does_not_divide_is_refused(make_config: MakeConfig, tmp_pa
     data = open_data(config.data, single_process().world)
     model = config.model.with_vocabulary(data.tokenizer.vocab_size, data.tokenizer.mask_id)
     engine = FsdpEngine(model, config.optim, config.train, config.parallel, single_process(), seed=0)
-    engine.mesh = replace(single_process(), data=Axis(rank=0, size=size))
+    engine.mesh = replace(single_process(), data=Axis(rank=0, size=size), world=Axis(rank=0, size=size))
     with pytest.raises(ValueError, match=rf"16 rows .* {size} processes: use one of \[1, 2, 4, 8, 16\] processes"):
+        Trainer(config, model, engine, data, hooks=[])
+    engine.mesh = replace(engine.mesh, world=Axis(rank=0, size=4 * size))
+    among = rf"{4 * size} processes, 4 of which share a row: use one of \[4, 8, 16, 32, 64\] processes"
+    with pytest.raises(ValueError, match=among):
+        Trainer(config, model, engine, data, hooks=[])
+    config = make_config(tmp_path / "run", "parallel.replicate=8")
+    with pytest.raises(ValueError, match=rf"{4 * size} processes, 4 of which share a row: use one of \[32, 64\] proc"):
         Trainer(config, model, engine, data, hooks=[])
     assert not config.path.exists()
 

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from pretrain.checkpoint.load import CHECKPOINTS, read_state
+from pretrain.checkpoint.manifest import sealed_in
 from pretrain.hooks.metrics import read_metrics
 
 CLOCKS = {"kind", "step", "seconds", "processor_seconds", "tokens_per_second", "mfu", "peak_memory"}
@@ -70,7 +71,7 @@ def tensor_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> li
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The folder with the highest step, without a look inside."""
-    return max((path for path in (run / CHECKPOINTS).glob("step-*") if path.suffix != ".tmp"), default=None)
+    return max(sealed_in(run / CHECKPOINTS), default=None)
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:

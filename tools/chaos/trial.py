@@ -171,13 +171,13 @@ class Disturbance:
         return True
 
     def _damage(self, fault: Damage) -> bool:
-        if not self._reaches(fault.moment, sealed=True):
+        if not self._reaches(fault.moment, sealed=2):
             return False
         if not self._end(self.torchrun.ranks(), "everything"):
             return False
         *others, newest = self.run.sealed()
         damaged = damage_file(newest, fault.how, fault.file, fault.position)
-        good = {max(map(step_of, others), default=0)}
+        good = {max(map(step_of, others))}
         # The seal seals itself with its form alone: a bit in what only people read of it spoils nothing.
         self._goes_on_from(good | {step_of(newest)} if damaged.name == MANIFEST else good)
         return True
@@ -187,8 +187,8 @@ class Disturbance:
         if self.torchrun.ended():
             self._start()
 
-    def _reaches(self, moment: float, *, saving: bool = False, sealed: bool = False) -> bool:
-        """Waits until the run is there, and a save has begun, or one is sealed; False where it has ended before."""
+    def _reaches(self, moment: float, *, saving: bool = False, sealed: int = 0) -> bool:
+        """Waits until the run is there, and a save has begun, or so many are sealed; False: it ended before."""
         step = int(moment * STEPS)
 
         def is_there() -> bool:
@@ -196,7 +196,7 @@ class Disturbance:
                 return False
             if saving:
                 return any(begun >= step for begun in self.run.saves_under_way())
-            return not sealed or bool(self.run.sealed())
+            return len(self.run.sealed()) >= sealed
 
         if not self._until(is_there):
             return False

@@ -82,7 +82,7 @@ def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
     """
     model = _with_vocabulary(config.model)
     with _world(config, world) as mesh:
-        rows = rows_per_rank(config, mesh.data.size)
+        rows = rows_per_rank(config, mesh)
         micro_tokens = config.train.micro_batch_tokens
         micro_rows = rows if micro_tokens is None else min(rows, micro_tokens // config.data.length)
         micros = [_micro(model, first, micro_rows, config) for first in range(0, rows, micro_rows)]
