@@ -15,11 +15,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.config import AugmentationConfig, ModelConfig, RecognitionConfig
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines import zero_setup
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, Tensors
 from pretrain.engines.deepspeed import DeepSpeedEngine
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
@@ -179,7 +180,7 @@ def check_round_trip(case: Case, mesh: Mesh) -> None:
     """A run that changes to DeepSpeed at half and back at the end goes on as if nothing had happened."""
     model, wanted = SYSTEMS[case.system], reference(case.system, case.train, ALONE)
     engine = deepspeed_engine(case, mesh)
-    engine.load_state_dict(wanted.half, num_updates=HALF - 1)
+    engine.load_state_dict(divided(wanted.half, mesh), num_updates=HALF - 1)
     loaded = whole_state(engine)
     for group, named in wanted.half.items():
         for name, tensor in named.items():
@@ -195,6 +196,17 @@ def check_round_trip(case: Case, mesh: Mesh) -> None:
     later = range(STEPS, STEPS + 3)
     for ours, theirs in zip(train(back, model, later), train(straight, model, later), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4), f"{case}: after the return"
+
+
+def divided(tensors: Tensors, mesh: Mesh) -> Tensors:
+    """Whole tensors as an engine on this mesh takes them."""
+    if mesh.devices is None:
+        return tensors
+    devices = mesh.devices["weights"]
+    return {
+        group: {name: distribute_tensor(tensor, devices, [Shard(0)]) for name, tensor in named.items()}
+        for group, named in tensors.items()
+    }
 
 
 def save_at_half(folder: Path, mesh: Mesh) -> None:
