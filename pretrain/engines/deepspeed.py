@@ -87,7 +87,7 @@ class DeepSpeedEngine:
                     deepspeed.zero.register_external_parameter(self.engine.module, parameter)
         self.zero = partitions(self.engine.optimizer)
         self.named = NamedState(mesh, shapes, {name: self.zero.fragment(p) for name, p in trained.items()})
-        self.frozen = {name: self.named.blank(name) for name in self.parameters if name not in trained}
+        self.frozen = {name: self.named.blank(name).cpu() for name in self.parameters if name not in trained}
         allocate_state(self.engine.optimizer.optimizer, self.zero.masters)
         initialise(whole, seed, num_layers=model.backbone.num_layers, opened=self._opened)
         self.zero.refresh()
@@ -145,7 +145,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def state_dict(self) -> Tensors:
-        """See Engine; copies, which load_state_dict takes back."""
+        """See Engine; copies in host memory, which load_state_dict takes back."""
         tensors: Tensors = {}
         for group, flats in self._flats().items():
             tensors[group] = {name: self.named.read(flats, name) for name in self.named.fragments}
@@ -186,7 +186,7 @@ class DeepSpeedEngine:
 
     def _set_frozen(self, name: str, value: Tensor) -> None:
         self.frozen[name].copy_(value)
-        self.zero.set_frozen(self.parameters[name], whole_of(value))
+        self.zero.set_frozen(self.parameters[name], whole_of(value.to(self.mesh.device)))
 
     def _forward(self, micro: Micro) -> tuple[Tensor, LossTerms]:
         micro = micro.to(self.mesh.device)

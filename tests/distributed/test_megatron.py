@@ -41,6 +41,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 LAYOUTS = {2: {"tensor": (1, 1, 1, 2), "data": (1, 2, 1, 1)}, 4: {"tensor and data": (1, 2, 1, 2)}}
 """By number of processes, sizes of the axes: replicate, shard, context, tensor."""
 Trace = list[tuple[float, float]]
+Reference = dict[tuple[str, TrainConfig], tuple[Trace, list[float]]]
+"""What FSDP alone has found: its trace, and the losses of held-out rows."""
 
 
 def train(engine: Engine, system: str, steps: range = range(STEPS)) -> Trace:
@@ -79,7 +81,7 @@ def same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor
     )
 
 
-def check_parity(mesh: Mesh, layout: str, reference: dict[tuple[str, TrainConfig], tuple[Trace, list[float]]]) -> None:
+def check_parity(mesh: Mesh, layout: str, reference: Reference) -> None:
     """Raises AssertionError where Megatron differs from FSDP alone."""
     for system, settings in CASES if layout == "tensor" else PUBLISHED:
         alone = make("fsdp", single_process(), system, settings)
@@ -88,12 +90,22 @@ def check_parity(mesh: Mesh, layout: str, reference: dict[tuple[str, TrainConfig
         assert engine.num_parameters == alone.num_parameters
         if (system, settings) not in reference:
             reference[system, settings] = train(alone, system), averaged(alone, system)
-        trace, rows = reference[system, settings]
-        tolerance = TOLERANCE[settings.precision]
-        for step, (ours, theirs) in enumerate(zip(train(engine, system), trace, strict=True)):
-            where = f"{layout}, {system}, {settings}: step {step}"
-            assert ours == pytest.approx(theirs, rel=tolerance), where
-        assert averaged(engine, system) == pytest.approx(rows, rel=10 * tolerance), f"{layout}, {system}"
+        check(engine, system, reference[system, settings], TOLERANCE[settings.precision], f"{layout}, {settings}")
+
+
+def check_fsdp(mesh: Mesh, reference: Reference) -> None:
+    """Here too, as it costs little beside the references: FSDP on these processes computes what it does alone."""
+    for system, settings in PUBLISHED:
+        engine = make("fsdp", mesh, system, settings)
+        check(engine, system, reference[system, settings], TOLERANCE[settings.precision], f"fsdp, {settings}")
+
+
+def check(engine: Engine, system: str, wanted: tuple[Trace, list[float]], tolerance: float, case: str) -> None:
+    """Raises AssertionError where training on this engine's processes shows."""
+    trace, rows = wanted
+    for step, (ours, theirs) in enumerate(zip(train(engine, system), trace, strict=True)):
+        assert ours == pytest.approx(theirs, rel=tolerance), f"{case}, {system}: step {step}"
+    assert averaged(engine, system) == pytest.approx(rows, rel=10 * tolerance), f"{case}, {system}"
 
 
 def check_replicated_gradients(mesh: Mesh) -> None:
@@ -205,10 +217,12 @@ def run_rank(rank: int, world: int, rendezvous: str, folder: Path) -> None:
         check_replicated_gradients(meshes["tensor"])
         check_cross_entropy()
         check_journey(meshes["tensor"], folder)
-    reference: dict[tuple[str, TrainConfig], tuple[Trace, list[float]]] = {}
+    reference: Reference = {}
     for layout, mesh in meshes.items():
         check_poison(mesh, layout)
         check_parity(mesh, layout, reference)
+    if world == 2:
+        check_fsdp(meshes["data"], reference)
     dist.destroy_process_group()
 
 

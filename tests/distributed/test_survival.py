@@ -1,4 +1,4 @@
-"""Two processes are stopped, lose one another, and meet a spike on one of them: all decide alike and go on."""
+"""Two processes are stopped, lose one another, meet an error or a spike on one of them: all decide alike and go on."""
 
 import os
 import runpy
@@ -24,6 +24,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("poisoned_training.py")
+INTERRUPTED = Path(__file__).with_name("interrupted_training.py")
+STOPPED_AT = 5
+"""The step in which INTERRUPTED's last rank is told to stop, or raises an error."""
+A_MINUTE_AND_MORE = 150.0
+"""Seconds: what an error leaves for cleaning up, what torchrun leaves the other rank, and some for a busy machine."""
 SETTINGS = ("train.steps=40", "checkpoint.every=10", "validation.every=20", "data.num_workers=1")
 Trace = dict[int, dict[str, Any]]
 Start = Callable[..., tuple[Path, Path]]
@@ -174,3 +179,42 @@ def test_a_spike_on_one_rank_is_answered_by_all(
     skipped, rolled_back = (load_for_evaluation(paths[policy, 2][1]).state for policy in ("skip", "rollback"))
     assert (skipped.skipped, skipped.passed_over) == (1, [])
     assert (rolled_back.skipped, rolled_back.passed_over) == (0, [(4, 6)])
+
+
+@pytest.mark.timeout(900)
+def test_every_engine_stops_and_goes_on_and_an_error_on_one_rank_ends_both(
+    prepared: Start, trace: Callable[[Path], Trace]
+) -> None:
+    """One test, because processes are expensive to start: two pairs do all of it."""
+    short = ("train.steps=8", "validation.every=0", "checkpoint.every=0")
+    engines = {"deepspeed": ("engine=deepspeed",), "megatron": ("engine=megatron", "parallel.tensor=2")}
+    paths = {
+        (engine, fate): prepared(f"{engine}-{fate}", *settings, *short)
+        for engine, settings in engines.items()
+        for fate in ("undisturbed", "stopped")
+    }
+    broken, broken_folder = prepared("broken", *short)
+    deepspeed, megatron = (paths[engine, "stopped"] for engine in engines)
+    whole = [paths[engine, "undisturbed"][0] for engine in engines]
+    with torchrun(INTERRUPTED, *whole, f"{megatron[0]}=stop", megatron[0], f"{deepspeed[0]}=stop") as process:
+        _, errors = process.communicate()
+    assert "exitcode  : 75" in errors, errors[-4000:]
+    assert events(deepspeed[1])[-2:] == ["checkpoint", "stop"]
+    assert max(trace(deepspeed[1])) == load_for_evaluation(deepspeed[1]).state.step == STOPPED_AT
+    fail_on_one_rank(f"{broken}=raise", broken_folder, before=deepspeed[0])
+    for engine in engines:
+        undisturbed, stopped = (paths[engine, fate][1] for fate in ("undisturbed", "stopped"))
+        assert events(stopped).count("stop") == events(stopped).count("resume") == 1
+        assert sorted(trace(stopped)) == list(range(1, 9))
+        assert trace(stopped) == trace(undisturbed), engine
+
+
+def fail_on_one_rank(config: str, folder: Path, *, before: Path) -> None:
+    """The other one does not wait for it for the hour that ranks wait for one another; another run goes before."""
+    with torchrun(INTERRUPTED, before, config) as process:
+        wait_for_step(process, folder, STOPPED_AT - 1)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        _, errors = process.communicate(timeout=A_MINUTE_AND_MORE)
+    assert "RuntimeError: out of memory, as it were" in errors, errors[-4000:]
+    assert "exitcode  : 1 " in errors
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
