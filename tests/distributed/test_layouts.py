@@ -50,10 +50,11 @@ Found = tuple[Trace, list[float], dict[str, torch.Tensor]]
 def train(engine: FsdpEngine, system: str, steps: int) -> Trace:
     """Loss per position and gradient norm of every step."""
     trace: Trace = []
+    rows, parts, lr = (ROWS, 2, 1e-2) if steps == STEPS else (2 * ROWS, 1, 1e-3)
     for step in range(steps):
-        loss = backward(engine, SYSTEMS[system], step, rows=ROWS, parts=2 if steps == STEPS else 1)
+        loss = backward(engine, SYSTEMS[system], step, rows=rows, parts=parts)
         norm = engine.reduce_and_clip(1.0)
-        engine.step(lr=1e-2 if steps == STEPS else 1e-3, take=torch.ones(()))
+        engine.step(lr=lr, take=torch.ones(()))
         trace.append((loss, float(norm)))
     return trace
 
