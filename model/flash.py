@@ -96,13 +96,13 @@ def flash_kernel() -> Kernel:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return _varlen
+        return varlen
     kernel: Kernel = flash_attn_varlen_func
     return kernel
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, *segments: Tensor | int, causal: bool) -> Tensor:
-    """PyTorch's kernel, which takes head widths in multiples of eight; zeros add nothing to a product."""
+def varlen(query: Tensor, key: Tensor, value: Tensor, *segments: Tensor | int, causal: bool) -> Tensor:
+    """[N, H, K] by PyTorch's kernel, which takes head widths in multiples of eight; zeros add nothing to a product."""
     width = query.shape[-1]
     padded = [F.pad(x, (0, -width % 8)) for x in (query, key, value)]
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}

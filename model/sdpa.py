@@ -45,7 +45,7 @@ class SdpaPlan:
         """[B, Q, H, K]. On a GPU a dense mask leaves only kernels that do not share key heads: these are repeated."""
         if self.part is not None:
             key_BSGK, value_BSGK = self.part.gather(key_BSGK), self.part.gather(value_BSGK)
-        if query_BQHK.device.type != "cpu" and self.visible is not None:
+        if self.visible is not None and not shares_key_heads(query_BQHK.device):
             groups = query_BQHK.shape[2] // key_BSGK.shape[2]
             key_BSGK, value_BSGK = (x.repeat_interleave(groups, dim=2) for x in (key_BSGK, value_BSGK))
         out_BHQK = scaled_dot_product_attention(
@@ -57,3 +57,8 @@ class SdpaPlan:
             enable_gqa=query_BQHK.shape[2] != key_BSGK.shape[2],
         )
         return out_BHQK.transpose(1, 2)
+
+
+def shares_key_heads(device: torch.device) -> bool:
+    """Whether SDPA has a kernel there that takes a dense mask and fewer key heads than query heads."""
+    return device.type == "cpu"

@@ -142,6 +142,6 @@ def test_pytorchs_kernel_is_asked_for_the_same(
     monkeypatch.setattr(flash, "varlen_attn", stand_in)
     inputs = [random(6, heads, width, seed=seed) for seed, heads in enumerate((num_heads, num_groups, num_groups))]
     ends = torch.tensor([0, 2, 6], dtype=torch.int32)
-    found = flash._varlen(*inputs, ends, ends, 4, 4, causal=causal)
+    found = flash.varlen(*inputs, ends, ends, 4, 4, causal=causal)
     torch.testing.assert_close(found, reference(*inputs, ends, ends, 4, 4, causal=causal))
     assert asked == [num_heads != num_groups]

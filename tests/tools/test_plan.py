@@ -14,6 +14,7 @@ from launchers.cli import PlannedGpu, app
 from model.batch import Batch
 from model.corruption import corrupt
 from model.diffusion import StepSchedule
+from model.flops import training_flops
 from model.noise import NoiseKey
 from pretrain.config import RunConfig, validate
 from pretrain.engines.base import Micro
@@ -23,6 +24,7 @@ from pretrain.recipes import build
 from tools.bench.memory import peak_extra_bytes
 from tools.plan.estimate import estimate
 from tools.plan.machines import GPUS, find
+from tools.plan.page import results_of
 from tools.plan.suggest import suggestions
 from tools.plan.trace import trace
 
@@ -61,6 +63,7 @@ def measured_peak(config: RunConfig) -> tuple[int, int]:
         maskable_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         positions_BL=torch.arange(LENGTH).expand(ROWS, LENGTH),
         index_B=torch.arange(ROWS),
+        document_BL=torch.zeros_like(tokens_BL, dtype=torch.int32),
     )
     corruption = corrupt(batch, NoiseKey(0, 0, batch.index_B), model)
 
@@ -137,6 +140,29 @@ def test_an_axis_has_the_adapters_of_its_own_ranks() -> None:
     assert plan.sending["weights"] == pytest.approx(plan.trace.sent["weights"] / (0.8 * gpu.inside))
 
 
+def test_offloaded_weights_gradients_and_moments_are_on_the_host() -> None:
+    """By hand: float32 shards go up for every gathering (the root stays gathered), gradients come down once."""
+    here, config = trace(small(), 8), small("parallel.offload=true")
+    there = trace(config, 8)
+    shard = here.parameters
+    assert (here.host, there.parameters, there.activations) == (0, shard, here.activations)
+    assert there.host == pytest.approx(4 * shard, rel=0.02)
+    assert 3 * shard <= here.peak - there.peak <= 4 * shard
+    in_blocks = 4 * LAYERS * 12 * DIM * DIM / 8
+    assert 2 * shard + 0.9 * in_blocks <= there.sent["host"] <= 3 * shard
+    gpu = find("a100-80")
+    plan = estimate(config, there, gpu, nodes=1, gpus_per_node=8)
+    assert plan.sending["host"] == pytest.approx(there.sent["host"] / (0.8 * gpu.pcie))
+    assert plan.optimizer_seconds == pytest.approx(7 / 3 * 3 * shard / gpu.host_bandwidth)
+
+
+def test_offloaded_micro_batches_still_wait_whole_on_the_gpu() -> None:
+    settings = ("parallel.offload=true", f"train.batch_tokens={32 * LENGTH}", f"train.micro_batch_tokens={LENGTH}")
+    planned = trace(small(*settings), 8)
+    assert planned.accumulated == pytest.approx(4 * planned.num_parameters, rel=0.05)
+    assert planned.sent["host"] > 2 * trace(small("parallel.offload=true"), 8).sent["host"]
+
+
 def test_what_does_not_fit_comes_with_settings_that_do() -> None:
     config = small(f"train.batch_tokens={64 * LENGTH}")
     gpu = GPUS["h100"]
@@ -150,6 +176,78 @@ def test_what_does_not_fit_comes_with_settings_that_do() -> None:
     assert lines[-1].endswith("GiB, fits")
     hopeless = suggestions(config, lambda changed: plan(changed, 1.0))  # type: ignore[arg-type, return-value]
     assert "more GPUs" in hopeless[-1]
+    sharded = trace(
+        small(f"train.batch_tokens={2 * LENGTH}", "train.recompute=full", "parallel.tensor=2"), 2
+    ).parameters
+    last = small(f"train.batch_tokens={2 * LENGTH}", "train.recompute=full", f"train.micro_batch_tokens={LENGTH}")
+    offloaded = trace(replace(last, parallel=replace(last.parallel, offload=True)), 2).peak
+    assert offloaded < 4 * sharded
+    lines = suggestions(last, lambda changed: plan(changed, 1.01 * offloaded / 0.9))  # type: ignore[arg-type, return-value]
+    assert lines[-1].startswith("parallel.offload=true: ")
+    assert "on the host, fits" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernels"),
+    [
+        (("train.precision=bf16",), {"bidirectional documents": "flash"}),
+        ((), {"bidirectional documents": "flex"}),
+        (("train.precision=bf16", "model.block_size=8"), {"blocks documents": "flex"}),
+        (("train.precision=bf16", "train.attention=sdpa"), {"bidirectional documents": "sdpa"}),
+        (("train.attention=flex", "model.block_size=8"), {"blocks documents": "flex"}),
+        (
+            ("train.precision=bf16", "train.attention_anneal=window", "train.attention_anneal_steps=9"),
+            {"annealing documents": "flex"},
+        ),
+    ],
+)
+def test_attention_is_what_a_gpu_would_choose(settings: tuple[str, ...], kernels: dict[str, str]) -> None:
+    assert trace(small(*settings), 1).kernels == kernels
+
+
+def test_rows_without_documents_need_no_kernel_of_their_own() -> None:
+    sudoku = {"data": {"kind": "sudoku"}, "train": {"batch_tokens": 16 * ROWS, "precision": "bf16"}}
+    tree = {"name": "sudoku", "model": {"backbone": {"dim": 32, "num_heads": 2}, "vocab_size": 8}}
+    assert trace(validate({**tree, **sudoku}, ()), 1).kernels == {"bidirectional": "sdpa"}
+
+
+@pytest.mark.parametrize("attention", ["flash", "flex"])
+def test_kernels_without_scores_keep_memory_linear_in_length(attention: str) -> None:
+    """Four times the length at the same number of tokens: SDPA's dense masks grow, these kernels' memory does not."""
+    short, long = 8 * LENGTH, 32 * LENGTH
+
+    def kept(name: str, length: int) -> int:
+        settings = (f"train.attention={name}", "train.precision=bf16", f"data.length={length}")
+        return trace(small(*settings, f"train.batch_tokens={2 * long}"), 1).activations
+
+    assert kept(attention, long) == pytest.approx(kept(attention, short), rel=0.02)
+    assert kept("sdpa", long) - kept(attention, long) >= 2 * long**2
+
+
+def test_what_attention_keeps_is_its_inputs_output_and_logsumexp() -> None:
+    """By hand, in bfloat16 in each layer; the same of both kernels, whose lists of tiles alone differ."""
+    flash, flex = (trace(small(f"train.attention={name}", "train.precision=bf16"), 1) for name in ("flash", "flex"))
+    assert flash.activations == pytest.approx(flex.activations, rel=1e-3)
+    recomputed = trace(small("train.attention=flash", "train.precision=bf16", "train.recompute=full"), 1)
+    positions = ROWS * LENGTH
+    least = LAYERS * positions * (4 * DIM * 2 + 4 * 4)
+    assert flash.activations - recomputed.activations >= least
+
+
+def test_rates_are_of_one_gpu_however_the_work_is_divided() -> None:
+    """A GPU's share of the useful work, over the time and the peak, where rows, positions and matrices are divided."""
+    gpu = find("h100")
+    whole = trace(small(), 1).num_parameters
+    for divided in (("parallel.tensor=2",), ("parallel.tensor=2", "parallel.context=2")):
+        config = small(f"train.batch_tokens={64 * LENGTH}", *divided)
+        plan = estimate(config, trace(config, 8), gpu, nodes=1, gpus_per_node=8)
+        rows, masked = 64, round(64 * LENGTH * plan.trace.masked_share)
+        useful = training_flops(plan.trace.model, num_sequences=rows, length=LENGTH, num_rows=masked)
+        assert plan.mfu == pytest.approx(useful / 8 / plan.step_seconds / gpu.flops)
+        assert plan.compute_seconds == pytest.approx(useful / 8 / (gpu.flops * gpu.reached))
+        assert plan.trace.masked_share == pytest.approx(0.5, abs=0.1)
+        assert plan.trace.num_parameters == whole
+        assert results_of(plan)["plan.tokens_per_second_per_gpu"] * 8 * plan.step_seconds == pytest.approx(64 * LENGTH)
 
 
 @pytest.mark.slow
@@ -174,6 +272,13 @@ def test_the_coder_fits_on_64_gpus(tmp_path: Path) -> None:
         (lambda: trace(build("owt_mdlm"), 8), r"model\.vocab_size=50258"),
         (lambda: trace(small(), 3), r"8 rows .*does not divide among 3 processes"),
         (lambda: trace(small("parallel.tensor=2"), 3), "3 processes do not divide"),
+        (lambda: trace(small("parallel.offload=true"), 1), "parallel.offload=true shards over processes"),
+        (lambda: trace(small("train.attention=flash"), 1), "flash computes in .*, not in float32"),
+        (
+            lambda: trace(small("train.attention=flash", "train.precision=bf16", "model.block_size=8"), 1),
+            "flash can not express a mask of blocks, .*: set train.attention=flex",
+        ),
+        (lambda: trace(small("train.attention=flex", "parallel.context=2"), 2), "flex can not divide positions"),
         (lambda: find("v100"), "v100 is not in the table: use one of a100-80, h100, h200"),
     ],
 )

@@ -11,7 +11,7 @@ from pretrain.writable import check_writable
 
 from .estimate import Plan, estimate
 from .machines import FILLED, find
-from .page import as_lines, results_of
+from .page import as_lines, kernels_of, results_of
 from .suggest import suggestions
 from .trace import trace
 
@@ -31,6 +31,7 @@ def run_plan(config: RunConfig, gpu_name: str, *, nodes: int, gpus_per_node: int
     record = Record({**settings, **assumed})
     planner = partial(_plan, gpu_name=gpu_name, nodes=nodes, gpus_per_node=gpus_per_node)
     plan = planner(config)
+    record.settings = {**record.settings, "attention": kernels_of(plan)}
     hints = [] if plan.fits else suggestions(config, planner)
     console = Console()
     for line in as_lines(config, plan, gpu_name, nodes=nodes, gpus_per_node=gpus_per_node, hints=hints):

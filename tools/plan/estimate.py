@@ -8,10 +8,11 @@ from model.flops import training_flops
 from pretrain.config import RunConfig
 
 from .machines import FILLED, Gpu
+from .tally import BETWEEN_DEVICES
 from .trace import Trace
 
-HIDDEN_BEHIND_WORK = ("weights", "replicate")
-"""Axes whose collectives run beside the computation: gathering ahead, reducing behind."""
+HIDDEN_BEHIND_WORK = ("weights", "replicate", BETWEEN_DEVICES)
+"""Wires on which bytes go beside the computation, one after the other: gathered ahead, reduced behind."""
 OPTIMIZER_TRAFFIC = 7 / 3
 """Bytes that AdamW moves by bytes of weights, moments: all three read and written, the gradient read."""
 
@@ -21,10 +22,11 @@ class Plan:
     """What a step of a run takes on a machine.
 
     Args:
-        peak, room: bytes that are needed at once, and that there are.
+        peak, room: bytes that are needed at once on the GPU, and that there are.
         step_flops: useful operations of the whole step, over all ranks.
         compute_seconds: a rank's operations, recomputed ones among them, at the share of the peak that is reached.
-        sending: seconds on every mesh axis.
+        optimizer_seconds: where the weights are kept, on the GPU or the host.
+        sending: seconds on every mesh axis, and between GPU and host.
         step_seconds: from batch to batch.
         tokens_per_second: over all ranks.
         mfu: useful operations as a share of the vendor's peak.
@@ -59,10 +61,9 @@ def estimate(config: RunConfig, trace: Trace, gpu: Gpu, *, nodes: int, gpus_per_
     useful = _flops(config, trace, tokens)
     done = useful * _repeated(config)
     compute = done / world / (gpu.flops * gpu.reached)
-    optimizer = OPTIMIZER_TRAFFIC * (trace.parameters + trace.optimizer) / gpu.memory_bandwidth
-    sending = {
-        axis: sent / gpu.bandwidth(*_spread(trace.axes[axis], gpus_per_node)) for axis, sent in trace.sent.items()
-    }
+    memory = gpu.host_bandwidth if trace.host else gpu.memory_bandwidth
+    optimizer = OPTIMIZER_TRAFFIC * (trace.parameters + trace.optimizer) / memory
+    sending = {axis: sent / _wire(axis, trace, gpu, gpus_per_node) for axis, sent in trace.sent.items()}
     beside = sum(sending.get(axis, 0.0) for axis in HIDDEN_BEHIND_WORK)
     between = sum(seconds for axis, seconds in sending.items() if axis not in HIDDEN_BEHIND_WORK)
     seconds = max(compute, beside) + between + optimizer
@@ -91,6 +92,10 @@ def _flops(config: RunConfig, trace: Trace, tokens: int) -> float:
 def _repeated(config: RunConfig) -> float:
     """Operations done by useful operations: full recomputation adds a third, the rest next to nothing."""
     return 4 / 3 if config.train.recompute == "full" else 1.0
+
+
+def _wire(axis: str, trace: Trace, gpu: Gpu, gpus_per_node: int) -> float:
+    return gpu.host_wire if axis == BETWEEN_DEVICES else gpu.bandwidth(*_spread(trace.axes[axis], gpus_per_node))
 
 
 def _spread(ranks: tuple[int, ...], gpus_per_node: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pretrain.config import RunConfig
 
 from .estimate import Plan
 from .machines import find
+from .tally import BETWEEN_DEVICES
 
 GIB = 2**30
 
@@ -21,6 +22,7 @@ def results_of(plan: Plan) -> dict[str, float]:
         "plan.fits": float(plan.fits),
         "plan.peak_gib": plan.peak / GIB,
         "plan.room_gib": plan.room / GIB,
+        "plan.host_gib": held.host / GIB,
         "plan.parameters_gib": held.parameters / GIB,
         "plan.optimizer_gib": held.optimizer / GIB,
         "plan.gradients_gib": held.gradients / GIB,
@@ -54,6 +56,8 @@ def as_lines(
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / plan.world:,.0f} per GPU "
         f"(MFU {plan.mfu:.0%}); {plan.days:,.1f} days; a checkpoint takes {plan.checkpoint_bytes / GIB:,.0f} GiB",
     )
+    if held.kernels:
+        yield Text(f"attention: {kernels_of(plan)}", style="dim")
     yield Text("Memory is counted from the run's own operators; times are predicted, not measured.", style="dim")
     if plan.fits:
         yield Text(f"fits: {plan.peak / GIB:.1f} of {plan.room / GIB:.1f} GiB", style="green")
@@ -63,15 +67,21 @@ def as_lines(
         yield Text(f"  try {hint}" if "=" in hint else f"  {hint}")
 
 
+def kernels_of(plan: Plan) -> str:
+    """What attends on the GPU, under which masks."""
+    return "; ".join(f"{kernel} ({kinds})" for kinds, kernel in plan.trace.kernels.items())
+
+
 def _memory(plan: Plan) -> Table:
     held = plan.trace
     table = Table(title="memory of a rank", title_justify="left")
     table.add_column("what")
     table.add_column("GiB", justify="right")
+    where = "on the host: " if held.host else ""
     parts = {
-        "weights, float32": held.parameters,
-        "optimizer (and average)": held.optimizer,
-        "gradients": held.gradients,
+        f"{where}weights, float32": held.parameters,
+        f"{where}optimizer (and average)": held.optimizer,
+        f"{where}gradients": held.gradients,
         f"whole gradients between {held.num_micros} micro-batches": held.accumulated,
         f"what a pass over {held.micro_rows} row{'s' * (held.micro_rows > 1)} keeps": held.activations,
     }
@@ -79,6 +89,8 @@ def _memory(plan: Plan) -> Table:
         if size:
             table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("peak, with what is computed meanwhile", f"{plan.peak / GIB:.2f}", style="bold")
+    if held.host:
+        table.add_row("peak on the host", f"{held.host / GIB:.2f}", style="bold")
     return table
 
 
@@ -94,8 +106,9 @@ def _time(plan: Plan, gpu_name: str) -> Table:
         f"{plan.compute_seconds:.2f}",
     )
     for axis, seconds in plan.sending.items():
-        ranks = len(held.axes[axis])
-        table.add_row(f"sending: {axis}", f"{held.sent[axis] / GIB:.1f} GiB among {ranks} ranks", f"{seconds:.2f}")
-    table.add_row("optimizer", "memory traffic", f"{plan.optimizer_seconds:.2f}")
+        whom = "over PCIe" if axis == BETWEEN_DEVICES else f"among {len(held.axes[axis])} ranks"
+        table.add_row(f"sending: {axis}", f"{held.sent[axis] / GIB:.1f} GiB {whom}", f"{seconds:.2f}")
+    traffic = f"memory traffic{' on the host' * bool(held.host)}"
+    table.add_row("optimizer", traffic, f"{plan.optimizer_seconds:.2f}")
     table.add_row("step", "weights are sent beside the computing", f"{plan.step_seconds:.2f}", style="bold")
     return table

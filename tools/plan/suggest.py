@@ -12,37 +12,42 @@ Planner = Callable[[RunConfig], Plan]
 
 def suggestions(config: RunConfig, plan: Planner) -> list[str]:
     """Lines for a run that does not fit: each adds one setting to those before, down to one that fits."""
-    lines, settings = [], []
-    for setting, smaller in _smaller(config):
-        settings.append(setting)
+    lines = []
+    for settings, smaller in _smaller(config):
         try:
             found = plan(smaller)
         except ValueError:
-            settings.pop()
             continue
         verdict = "fits" if found.fits else "does not fit yet"
-        lines.append(f"{' '.join(settings)}: {found.peak / 2**30:.1f} GiB, {verdict}")
+        host = f" and {found.trace.host / 2**30:.1f} GiB on the host" if found.trace.host else ""
+        lines.append(f"{' '.join(settings)}: {found.peak / 2**30:.1f} GiB{host}, {verdict}")
         if found.fits:
             return lines
     return [*lines, "none of these settings is enough: take more GPUs, or GPUs with more memory"]
 
 
-def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Less and less memory for activations, then for weights."""
+def _smaller(config: RunConfig) -> Iterator[tuple[list[str], RunConfig]]:
+    """Less and less memory for activations, then for weights, and at last none on the GPU for those of a shard."""
+    settings: list[str] = []
     if config.train.recompute != "full":
         config = replace(config, train=replace(config.train, recompute="full"))
-        yield "train.recompute=full", config
+        settings = [*settings, "train.recompute=full"]
+        yield settings, config
     length, micro = config.data.length, config.train.micro_batch_tokens or config.train.batch_tokens
+    activations = settings
     while micro > length:
         micro = max(length, micro // 4 // length * length)
         config = replace(config, train=replace(config.train, micro_batch_tokens=micro))
-        yield f"train.micro_batch_tokens={micro}", config
-    if config.parallel.replicate > 1:
-        config = replace(config, parallel=replace(config.parallel, replicate=1))
-        yield "parallel.replicate=1", config
+        settings = [*activations, f"train.micro_batch_tokens={micro}"]
+        yield settings, config
+    parallel = config.parallel
+    if parallel.replicate > 1:
+        parallel = replace(parallel, replicate=1)
+        settings = [*settings, "parallel.replicate=1"]
+        yield settings, replace(config, parallel=parallel)
     for tensor in (2, 4, 8):
-        if tensor > config.parallel.tensor:
-            yield (
-                f"parallel.tensor={tensor}",
-                replace(config, parallel=replace(config.parallel, tensor=tensor)),
-            )
+        if tensor > parallel.tensor:
+            divided = replace(parallel, tensor=tensor)
+            yield [*settings, f"parallel.tensor={tensor}"], replace(config, parallel=divided)
+    if not parallel.offload:
+        yield [*settings, "parallel.offload=true"], replace(config, parallel=replace(parallel, offload=True))

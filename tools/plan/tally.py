@@ -1,7 +1,7 @@
-"""What a step allocates and sends, read off its operators: live bytes at every moment, bytes on every mesh axis."""
+"""What a step allocates and sends, read off its operators: live bytes of every device, bytes on every wire."""
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -28,6 +28,11 @@ RECEIVED = {
     "all_reduce": lambda whole, n: 2 * whole * (n - 1) / n,
 }
 """Bytes through each rank's wire in a ring, by collective, from the bytes of the whole (its largest tensor)."""
+BETWEEN_DEVICES = "host"
+"""The wire that copies from device to device take, where mesh axes are the others."""
+
+COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
+"""Operators that copy, and which of their arguments."""
 
 
 class Tally(TorchDispatchMode):
@@ -41,9 +46,10 @@ class Tally(TorchDispatchMode):
     def __init__(self, held: Iterable[Tensor], axes: Mapping[str, str]) -> None:
         super().__init__()
         self.axes = axes
-        self.bytes = self.peak = 0
+        self.bytes: Counter[torch.device] = Counter()
+        self.peak: Counter[torch.device] = Counter()
         self.sizes: dict[int, int] = {}
-        self.storages: dict[int, Any] = {}
+        self.devices: dict[int, torch.device] = {}
         self.sent: dict[str, float] = defaultdict(float)
         for tensor in held:
             self._count(tensor)
@@ -73,23 +79,33 @@ class Tally(TorchDispatchMode):
                 self._count(tensor)
         if operator.namespace in ("c10d", "_c10d_functional"):
             self._send(operator, args, out)
+        elif operator in COPIES:
+            self._copy(args[COPIES[operator]], out)
         return out
 
     def _count(self, tensor: Tensor) -> None:
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        local = _local(tensor)
+        storage = local.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
-            self._changed(key, storage.nbytes(), new=True)
+            self.sizes[key], self.devices[key] = 0, local.device
+            self._changed(key, storage.nbytes())
             weakref.finalize(storage, self._gone, key)
 
-    def _changed(self, key: int, size: int, *, new: bool = False) -> None:
-        if new or key in self.sizes:
-            self.bytes += size - self.sizes.get(key, 0)
+    def _changed(self, key: int, size: int) -> None:
+        if key in self.sizes:
+            device = self.devices[key]
+            self.bytes[device] += size - self.sizes[key]
             self.sizes[key] = size
-            self.peak = max(self.peak, self.bytes)
+            self.peak[device] = max(self.peak[device], self.bytes[device])
 
     def _gone(self, key: int) -> None:
-        self.bytes -= self.sizes.pop(key, 0)
+        self.bytes[self.devices.pop(key)] -= self.sizes.pop(key)
+
+    def _copy(self, source: Tensor, out: Tensor) -> None:
+        source, out = _local(source), _local(out)
+        if source.device != out.device:
+            self.sent[BETWEEN_DEVICES] += source.numel() * source.element_size()
 
     def _send(self, operator: Any, args: tuple[Any, ...], out: Any) -> None:
         name = operator.overloadpacket.__name__
@@ -101,6 +117,10 @@ class Tally(TorchDispatchMode):
         whole = max((t.numel() * t.element_size() for t in tensors), default=0)
         size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
         self.sent[self.axes[group]] += received(whole, size)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _group_name(argument: Any) -> str | None:

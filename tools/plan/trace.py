@@ -1,7 +1,7 @@
 """A step of a run without its numbers: the run's own engine on fake tensors, as rank 0 of a world that is not there."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -10,20 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fully_shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from model import attention
 from model.batch import Batch
 from model.config import ModelConfig
 from model.corruption import corrupt
-from model.diffusion import StepSchedule
 from model.noise import NoiseKey
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, ShardData
 from pretrain.engines import fsdp
 from pretrain.engines.base import Micro
 from pretrain.identity import rows_per_rank
 from pretrain.parallel.mesh import Mesh, build_mesh, mesh_shape, single_process
+from pretrain.schedules import step_schedule
 
-from .tally import Tally
+from .attending import attending_on_gpu
+from .tally import BETWEEN_DEVICES, Tally
+
+HOST, DEVICE = torch.device("cpu"), torch.device("cpu", 0)
+"""Both are the CPU, all that there need be; only the device, which stands for the GPU, has a number."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,15 @@ class Trace:
         gradients: bytes of the gradients as the optimizer sees them.
         accumulated: bytes of the gradients that micro-batches add up, whole where they are not reduced yet.
         activations: bytes that a micro-batch's forward pass leaves for its backward pass.
-        peak: most bytes at once.
+        peak: most bytes at once on the device.
+        host: most bytes at once on the host, where the run keeps weights, gradients and optimizer there; else 0.
         num_micros: micro-batches of a step.
         micro_rows: rows of a micro-batch.
         masked_share: of the positions of a rank's batch, on which the head runs.
         sent_per_micro: bytes on each mesh axis for every micro-batch but the last.
         sent_by_last: bytes on each mesh axis for the last one, and for clipping.
-        axes: ranks of each mesh axis, as numbers of the world.
+        axes: ranks of each mesh axis, as numbers of the world; this rank's own of the wire to the host, if it is used.
+        kernels: what attends, by the kinds of the mask.
     """
 
     model: ModelConfig
@@ -55,16 +62,18 @@ class Trace:
     accumulated: int
     activations: int
     peak: int
+    host: int
     num_micros: int
     micro_rows: int
     masked_share: float
     sent_per_micro: Mapping[str, float]
     sent_by_last: Mapping[str, float]
     axes: Mapping[str, tuple[int, ...]]
+    kernels: Mapping[str, str]
 
     @property
     def sent(self) -> dict[str, float]:
-        """Bytes on each mesh axis in a whole step."""
+        """Bytes on each mesh axis, and to and from the host, in a whole step."""
         every, last = self.sent_per_micro, self.sent_by_last
         return {axis: (self.num_micros - 1) * every.get(axis, 0.0) + last.get(axis, 0.0) for axis in self.axes}
 
@@ -75,13 +84,15 @@ def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
     The micro-batch is the one of its first batch in which most is masked: what runs out of memory, if any does.
 
     Args:
-        on_gpu: attention computes in the precision of the step, as on a GPU; False: as on this machine.
+        on_gpu: attention by the kernels and in the precision of a GPU; False: as on this machine.
 
     Raises:
-        ValueError: these processes can not divide the run, or the vocabulary is not known without its data.
+        ValueError: these processes can not divide the run, the vocabulary is not known without its data, or
+            train.attention can not do what the run asks of it.
     """
     model = _with_vocabulary(config.model)
-    with _world(config, world) as mesh:
+    kernels: AbstractContextManager[dict[str, str]] = attending_on_gpu() if on_gpu else nullcontext({})
+    with _world(config, world, DEVICE if on_gpu else HOST) as mesh, kernels as chosen:
         rows = rows_per_rank(config, mesh)
         micro_tokens = config.train.micro_batch_tokens
         micro_rows = rows if micro_tokens is None else min(rows, micro_tokens // config.data.length)
@@ -90,9 +101,10 @@ def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
         micro = max(micros, key=lambda each: each.corruption.num_masked)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         engine = _engine(config, model, mesh, fake)
-        with fake, _attending(on_gpu=on_gpu):
-            traced = _step(engine, config, _faked(micro, fake), len(micros))
-        return replace(traced, masked_share=masked / (len(micros) * micro_rows * config.data.length))
+        with fake:
+            traced = _step(engine, config, _faked(micro, fake).to(mesh.device), len(micros))
+        share = masked / (len(micros) * micro_rows * config.data.length)
+        return replace(traced, masked_share=share, kernels=chosen)
 
 
 def _engine(config: RunConfig, model: ModelConfig, mesh: Mesh, fake: FakeTensorMode) -> fsdp.FsdpEngine:
@@ -108,24 +120,26 @@ def _engine(config: RunConfig, model: ModelConfig, mesh: Mesh, fake: FakeTensorM
 
 
 def _step(engine: fsdp.FsdpEngine, config: RunConfig, micro: Micro, num_micros: int) -> Trace:
-    mesh = engine.mesh
+    mesh, device = engine.mesh, engine.mesh.device
     state = {group: list(named.values()) for group, named in engine.state_dict().items()}
     axes = _axes(mesh)
     held = [*(t for group in state.values() for t in group)]
     with Tally(held, {name: axis for axis, (name, _) in axes.items()}) as tally:
-        standing = tally.bytes
+        standing = tally.bytes[device]
         early: dict[str, float] = {}
         if num_micros > 1:
             engine.forward_backward(micro, scale=1.0, last=False)
             early = dict(tally.sent)
             tally.sent.clear()
-        before = tally.bytes
+        before = tally.bytes[device]
         kept = _after_forward(engine, micro, tally) - before
         engine.reduce_and_clip(config.train.clip_norm)
         gradients = sum(_size(p.grad) for p in engine.parameters.values() if p.grad is not None)
-        take = torch.ones((), device=mesh.device)
+        take = torch.ones((), device=device)
         engine.step(lr=1e-4, take=take)
         engine.update_ema(config.train.ema_decay, take=take)
+    ranks = {axis: ranks for axis, (_, ranks) in axes.items()}
+    offload = config.parallel.offload
     moments = sum(_size(t) for group, tensors in state.items() if group != "model" for t in tensors)
     return Trace(
         model=engine.model.config,
@@ -135,13 +149,15 @@ def _step(engine: fsdp.FsdpEngine, config: RunConfig, micro: Micro, num_micros: 
         gradients=gradients,
         accumulated=before - standing,
         activations=kept,
-        peak=tally.peak,
+        peak=tally.peak[device],
+        host=tally.peak[HOST] if offload else 0,
         num_micros=num_micros,
         micro_rows=micro.batch.num_sequences,
         masked_share=0.0,
         sent_per_micro=early,
         sent_by_last=dict(tally.sent),
-        axes={axis: ranks for axis, (_, ranks) in axes.items()},
+        axes=ranks | {BETWEEN_DEVICES: (0,)} if offload else ranks,
+        kernels={},
     )
 
 
@@ -151,7 +167,7 @@ def _after_forward(engine: fsdp.FsdpEngine, micro: Micro, tally: Tally) -> int:
     backward = Tensor.backward
 
     def noting(tensor: Tensor, *args: object, **kwargs: object) -> None:
-        found.append(tally.bytes)
+        found.append(tally.bytes[engine.mesh.device])
         backward(tensor, *args, **kwargs)
 
     with patch.object(Tensor, "backward", noting):
@@ -169,15 +185,16 @@ def _with_vocabulary(model: ModelConfig) -> ModelConfig:
 
 
 def _micro(model: ModelConfig, first: int, num_rows: int, config: RunConfig) -> Micro:
-    """The rows from `first` of a first batch, corrupted by the run's own noise."""
+    """The rows from `first` of a first batch, corrupted by the run's own noise; each is one document."""
     tokens_BL = torch.zeros(num_rows, config.data.length, dtype=torch.int64)
     batch = Batch(
         tokens_BL=tokens_BL,
         maskable_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         positions_BL=torch.arange(config.data.length).expand(num_rows, -1),
         index_B=torch.arange(first, first + num_rows),
+        document_BL=torch.zeros_like(tokens_BL, dtype=torch.int32) if isinstance(config.data, ShardData) else None,
     )
-    return Micro(batch, corrupt(batch, NoiseKey(config.seed, 0, batch.index_B), model), StepSchedule())
+    return Micro(batch, corrupt(batch, NoiseKey(config.seed, 0, batch.index_B), model), step_schedule(0, config))
 
 
 def _faked(micro: Micro, fake: FakeTensorMode) -> Micro:
@@ -186,9 +203,9 @@ def _faked(micro: Micro, fake: FakeTensorMode) -> Micro:
 
 
 @contextmanager
-def _world(config: RunConfig, size: int) -> Iterator[Mesh]:
+def _world(config: RunConfig, size: int, device: torch.device) -> Iterator[Mesh]:
     """The mesh that the run would have, over a process group that carries nothing."""
-    device, shape = torch.device("cpu"), mesh_shape(config.parallel, size)
+    shape = mesh_shape(config.parallel, size)
     if size == 1:
         yield single_process(device)
         return
@@ -196,19 +213,11 @@ def _world(config: RunConfig, size: int) -> Iterator[Mesh]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        yield build_mesh(device, shape)
+        with patch.object(_fully_shard, "_get_device_from_mesh", lambda _: device):
+            yield build_mesh(device, shape)
     finally:
+        _clear_sharding_prop_cache()  # which remembers groups by their ranks, also those that are gone
         dist.destroy_process_group()
-
-
-@contextmanager
-def _attending(*, on_gpu: bool) -> Iterator[None]:
-    """Attention computes in the precision of the step, as on a GPU, or as it does here."""
-    if not on_gpu:
-        yield
-        return
-    with patch.object(attention, "computing_dtype", lambda device, dtype: dtype):
-        yield
 
 
 def _axes(mesh: Mesh) -> dict[str, tuple[str, tuple[int, ...]]]:
