@@ -1,7 +1,6 @@
 """`make demo`: the whole way from source text to a report, as a user would type it, in minutes on two cores."""
 
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -25,11 +24,13 @@ def interrupted_training(after_step: int) -> None:
     print(f"\n$ penumbra train demo      # killed (-9) after the checkpoint of step {after_step}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "train", "demo"])
     sealed = RUN / "checkpoints" / f"step-{after_step:08d}"
-    while process.poll() is None and not sealed.exists():
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while process.poll() is None and not sealed.exists():
+            time.sleep(0.05)
+        time.sleep(1.0)
+    finally:
+        process.kill()
+        process.wait()
     if not sealed.exists():
         raise ValueError("the first half of the training ended without a checkpoint: see its message above")
 
@@ -63,4 +64,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_or_refuse(main)
+    try:
+        run_or_refuse(main)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: `penumbra train demo` goes on with {RUN}, and `rm -r {RUN}` makes room for a new demo")
+        sys.exit(130)

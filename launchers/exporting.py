@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.hf import ExportSettings, export, weights_group
 from pretrain.checkpoint.load import CHECKPOINTS, locate
-from pretrain.checkpoint.manifest import sealed_in
+from pretrain.checkpoint.manifest import MANIFEST, sealed_in
 from pretrain.checkpoint.save import checkpoint_name
 from pretrain.writable import check_writable
 
@@ -27,6 +27,10 @@ def run_export(run: Path, out: Path, step: int | None, settings: ExportSettings)
 
 def _of_step(run: Path, step: int) -> Path:
     found = run / CHECKPOINTS / checkpoint_name(step)
+    if (run / MANIFEST).is_file():
+        raise ValueError(
+            f"--step {step} chooses among the checkpoints of a run, and {run} is a checkpoint: drop --step"
+        )
     if not found.is_dir():
         sealed = sealed_in(run / CHECKPOINTS)
         there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sealed) or "none"

@@ -421,8 +421,11 @@ class RunConfig(Settings):
                     "set train.attention_anneal=bernoulli or window, or leave the steps out"
                 )
             return
-        if not train.attention_anneal_steps:
-            yield f"{name} needs train.attention_anneal_steps, such as a tenth of train.steps={train.steps}"
+        if not 0 < train.attention_anneal_steps <= train.steps:
+            yield (
+                f"{name} needs train.attention_anneal_steps of 1 to train.steps={train.steps}, at whose end attention "
+                f"has opened, such as a tenth; it is {train.attention_anneal_steps}"
+            )
         for has, what in (
             (model.block_size, f"model.block_size={model.block_size}, whose attention is causal by blocks"),
             (model.autoregressive, "model.autoregressive=True, whose attention stays causal"),
@@ -491,6 +494,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    items: dict[str, Any] = {}
+    for key, value in tree.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
 
 
 def known_keys(kinds: Mapping[str, str], settings: type = RunConfig, prefix: str = "") -> Iterator[str]:

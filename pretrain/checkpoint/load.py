@@ -14,6 +14,7 @@ from data_pipeline.tokenizers import Tokenizer
 from model.config import ModelConfig
 from model.diffusion import MaskedDiffusion
 
+from ..config import flat
 from ..engines.base import Engine
 from ..notice import notice
 from ..parallel.mesh import Axis
@@ -65,7 +66,7 @@ def resume(checkpoint: Path, engine: Engine, model: ModelConfig, identity: Mappi
         ValueError: the checkpoint holds another model, or comes from a run on other data or with another seed.
     """
     there, here = asdict(read_model_config(checkpoint)), asdict(model)
-    _refuse_difference(checkpoint, "another model", _flat(there, "model."), _flat(here, "model."))
+    _refuse_difference(checkpoint, "another model", flat(there, "model."), flat(here, "model."))
     state = read_state(checkpoint)
     _refuse_difference(checkpoint, "another run", state.identity, identity)
     tensors = engine.state_dict()
@@ -213,10 +214,3 @@ def _refuse_difference(checkpoint: Path, whose: str, there: Mapping[str, object]
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

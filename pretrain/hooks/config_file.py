@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import yaml
+
 from ..checkpoint.manifest import write_synced
-from ..config import RunConfig, dump_config
+from ..config import RunConfig, dump_config, flat
+from ..notice import notice
 from ..state import TrainState
 from ..writable import check_writable
 from .base import Hook
 
 
 class ConfigFile(Hook):
-    """Writes RUN/config.yaml.
+    """Writes RUN/config.yaml; a resume names what is set otherwise than before.
 
     Raises:
         ValueError: the file can not be written.
@@ -22,12 +25,24 @@ class ConfigFile(Hook):
 
     def on_start(self, state: TrainState, *, resumed: bool) -> None:
         """Writes it."""
+        if resumed and (changed := self._changed()):
+            notice(f"settings that differ from those so far: {'; '.join(changed)}")
         self._write()
 
     def on_checkpoint(self, path: Path, state: TrainState) -> None:
         """A disk that was full at the start has room now."""
         if self.refused:
             self._write()
+
+    def _changed(self) -> list[str]:
+        """Each setting that the file has otherwise, and how."""
+        try:
+            before = flat(yaml.safe_load(self.path.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            return []
+        now = flat(yaml.safe_load(dump_config(self.config)))
+        keys = [key for key in before | now if before.get(key) != now.get(key) and key not in ("name", "folder")]
+        return [f"{key}={now.get(key)} (was {before.get(key)})" for key in keys]
 
     def _write(self) -> None:
         """Replaces the file in one move."""

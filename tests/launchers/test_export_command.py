@@ -92,6 +92,7 @@ def test_what_can_not_be_exported_is_refused(
         (("nowhere", "out"), "nowhere is not a run folder (it does not exist)"),
         (("empty", "out"), "empty is not a run folder with a usable checkpoint: train it first"),
         ((run, "out", "--step", "3"), "has no checkpoint of step 3, only of these: 2, 4"),
+        ((run / "checkpoints/step-00000004", "out", "--step", "4"), "is a checkpoint: drop --step"),
         (("empty", "out", "--step", "3"), "empty has no checkpoint of step 3, only of these: none"),
         (("damaged", "out", "--step", "2"), "checkpoint damaged/checkpoints/step-00000002 is damaged"),
         (("plain", "out", "--weights", "ema"), "has no averaged weights (train.ema_decay=0): export those as trained"),

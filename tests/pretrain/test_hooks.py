@@ -56,6 +56,20 @@ def test_looking_touches_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_resume_names_what_is_set_otherwise(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps, folder, resumed in ((4, "run", False), (4, "run", True), (6, "run", True)):
+        config = make_config(tmp_path / folder, f"train.steps={steps}", f"optim.lr={1e-3 * steps}")
+        config.path.mkdir(exist_ok=True)
+        ConfigFile(config).on_start(TrainState(), resumed=resumed)
+        told = capsys.readouterr().err
+        assert bool(told) == (steps == 6)
+    assert told == (
+        "penumbra: settings that differ from those so far: optim.lr=0.006 (was 0.004); train.steps=6 (was 4)\n"
+    )
+
+
 def test_wandb_continues_a_run_by_an_id_of_its_own(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

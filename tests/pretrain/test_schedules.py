@@ -92,7 +92,11 @@ def test_attention_opens_linearly_and_by_the_step_alone(tmp_path: Path, make_con
     ("overrides", "sentence"),
     [
         (["train.attention_anneal_steps=4"], "has no use with train.attention_anneal=at_once: set"),
-        (["train.attention_anneal=window"], "needs train.attention_anneal_steps, such as a tenth of"),
+        (
+            [*OPENING, "train.steps=3"],
+            "of 1 to train.steps=3, at whose end attention has opened, such as a tenth; it is 4",
+        ),
+        (["train.attention_anneal=window"], "needs train.attention_anneal_steps of 1 to train.steps=1000"),
         ([*OPENING, "model.block_size=8"], "does not go with model.block_size=8, whose attention is causal by blocks"),
         ([*OPENING, "model.autoregressive=true"], "whose attention stays causal"),
         ([*OPENING, "train.attention=flash"], "which has no such mask (flex and sdpa do)"),

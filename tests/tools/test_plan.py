@@ -238,13 +238,16 @@ def test_rates_are_of_one_gpu_however_the_work_is_divided() -> None:
     """A GPU's share of the useful work, over the time and the peak, where rows, positions and matrices are divided."""
     gpu = find("h100")
     whole = trace(small(), 1).num_parameters
-    for divided in (("parallel.tensor=2",), ("parallel.tensor=2", "parallel.context=2")):
-        config = small(f"train.batch_tokens={64 * LENGTH}", *divided)
+    for precision, divided, peak in (
+        ("fp32", ("parallel.tensor=2",), gpu.fp32_flops),
+        ("bf16", ("parallel.tensor=2", "parallel.context=2"), gpu.flops),
+    ):
+        config = small(f"train.batch_tokens={64 * LENGTH}", f"train.precision={precision}", *divided)
         plan = estimate(config, trace(config, 8), gpu, nodes=1, gpus_per_node=8)
         rows, masked = 64, round(64 * LENGTH * plan.trace.masked_share)
         useful = training_flops(plan.trace.model, num_sequences=rows, length=LENGTH, num_rows=masked)
-        assert plan.mfu == pytest.approx(useful / 8 / plan.step_seconds / gpu.flops)
-        assert plan.compute_seconds == pytest.approx(useful / 8 / (gpu.flops * gpu.reached))
+        assert plan.mfu == pytest.approx(useful / 8 / plan.step_seconds / peak)
+        assert plan.compute_seconds == pytest.approx(useful / 8 / (peak * gpu.reached))
         assert plan.trace.masked_share == pytest.approx(0.5, abs=0.1)
         assert plan.trace.num_parameters == whole
         assert results_of(plan)["plan.tokens_per_second_per_gpu"] * 8 * plan.step_seconds == pytest.approx(64 * LENGTH)

@@ -25,7 +25,12 @@ def run_plan(config: RunConfig, gpu_name: str, *, nodes: int, gpus_per_node: int
     check_writable(json_file)
     gpu = find(gpu_name)
     if config.engine != "fsdp":
-        raise ValueError(f"engine={config.engine} can not be planned: plan with engine=fsdp, whose ZeRO-3 shards alike")
+        alike = (
+            "which shards as ZeRO-3 does; ZeRO-1 and 2 hold more"
+            if config.engine == "deepspeed"
+            else "whose parallel.tensor divides the same matrices, and which shards the weights as well"
+        )
+        raise ValueError(f"engine={config.engine} can not be planned, only engine=fsdp, {alike}")
     settings = {"recipe": config.name, "gpu": gpu_name, "nodes": nodes, "gpus_per_node": gpus_per_node}
     assumed = {"reached_share_of_peak": gpu.reached, "filled_share_of_memory": FILLED}
     record = Record({**settings, **assumed})

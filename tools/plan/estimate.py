@@ -29,7 +29,7 @@ class Plan:
         sending: seconds on every mesh axis, and between GPU and host.
         step_seconds: from batch to batch.
         tokens_per_second: over all ranks.
-        mfu: useful operations as a share of the vendor's peak.
+        mfu: useful operations as a share of the vendor's peak in the run's precision.
         days: for all steps.
         checkpoint_bytes: of one checkpoint.
     """
@@ -60,7 +60,8 @@ def estimate(config: RunConfig, trace: Trace, gpu: Gpu, *, nodes: int, gpus_per_
     tokens = config.train.batch_tokens
     useful = _flops(config, trace, tokens)
     done = useful * _repeated(config)
-    compute = done / world / (gpu.flops * gpu.reached)
+    peak_flops = gpu.flops if config.train.precision == "bf16" else gpu.fp32_flops
+    compute = done / world / (peak_flops * gpu.reached)
     memory = gpu.host_bandwidth if trace.host else gpu.memory_bandwidth
     optimizer = OPTIMIZER_TRAFFIC * (trace.parameters + trace.optimizer) / memory
     sending = {axis: sent / _wire(axis, trace, gpu, gpus_per_node) for axis, sent in trace.sent.items()}
@@ -78,7 +79,7 @@ def estimate(config: RunConfig, trace: Trace, gpu: Gpu, *, nodes: int, gpus_per_
         sending=sending,
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
-        mfu=useful / seconds / world / gpu.flops,
+        mfu=useful / seconds / world / peak_flops,
         days=config.train.steps * seconds / 86_400,
         checkpoint_bytes=trace.num_parameters * 4 * (4 if config.train.ema_decay else 3),
     )

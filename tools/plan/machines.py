@@ -21,6 +21,7 @@ class Gpu:
     Args:
         memory: bytes.
         flops: dense bf16 FLOP/s, by the data sheet.
+        fp32_flops: FLOP/s in float32, which PyTorch does not round to TF32 unless it is asked to.
         reached: share of them that a step's matrix products reach.
         memory_bandwidth: bytes/s.
         inside: bytes/s of a GPU to the others of its node, one way (NVLink).
@@ -31,6 +32,7 @@ class Gpu:
 
     memory: float
     flops: float
+    fp32_flops: float
     reached: float
     memory_bandwidth: float
     inside: float
@@ -52,9 +54,9 @@ class Gpu:
 DGX_A100, DGX_H100 = 16 * 25.6 * GB / 8, 16 * 38.4 * GB / 8
 """Of a GPU: sixteen channels of DDR4-3200 (two EPYC 7742), of DDR5-4800 (two Xeon 8480C)."""
 GPUS = {
-    "a100-80": Gpu(80 * GIB, 312 * TERA, 0.65, 2039 * GB, 300 * GB, 25 * GB, 32 * GB, DGX_A100),
-    "h100": Gpu(80 * GIB, 989 * TERA, 0.50, 3350 * GB, 450 * GB, 50 * GB, 64 * GB, DGX_H100),
-    "h200": Gpu(141 * GB, 989 * TERA, 0.50, 4800 * GB, 450 * GB, 50 * GB, 64 * GB, DGX_H100),
+    "a100-80": Gpu(80 * GIB, 312 * TERA, 19.5 * TERA, 0.65, 2039 * GB, 300 * GB, 25 * GB, 32 * GB, DGX_A100),
+    "h100": Gpu(80 * GIB, 989 * TERA, 67 * TERA, 0.50, 3350 * GB, 450 * GB, 50 * GB, 64 * GB, DGX_H100),
+    "h200": Gpu(141 * GB, 989 * TERA, 67 * TERA, 0.50, 4800 * GB, 450 * GB, 50 * GB, 64 * GB, DGX_H100),
 }
 
 
