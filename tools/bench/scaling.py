@@ -174,7 +174,7 @@ def _train(name: str, rank: int, work: Work, folder: Path, connection: Connectio
     """A process, until there are no more turns."""
     torch.set_num_threads(1)
     replicas = REPLICAS[name]
-    config = _run_config(work, replicas, folder / f"{name}-{rank}")
+    config = _run_config(work, replicas, folder / "runs" / (name if replicas else f"{name}-{rank}"))
     mesh = single_process()
     if replicas:
         meeting = f"file://{folder / name}"
