@@ -10,6 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from data_pipeline.tokenize import tokenize
+from data_pipeline.tokenizers import Tokenizer
 from launchers.cli import PlannedGpu, app
 from model.batch import Batch
 from model.corruption import corrupt
@@ -26,7 +28,7 @@ from tools.plan.estimate import estimate
 from tools.plan.machines import GPUS, find
 from tools.plan.page import results_of
 from tools.plan.suggest import suggestions
-from tools.plan.trace import trace
+from tools.plan.trace import _with_vocabulary, trace
 
 LATENT = ("model.latent.dim=16", "model.latent.recognition.num_layers=1", "model.backbone.condition_dim=32")
 SYSTEMS = {
@@ -288,6 +290,28 @@ def test_the_coder_fits_on_64_gpus(tmp_path: Path) -> None:
 def test_mistakes_are_named(run: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_the_vocabulary_is_that_of_the_data_where_it_is_here(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the shards, or of what would make them; the needle's ten digits and the specials."""
+    tokenize(str(documents), tokenizer="bpe:300", out=tmp_path / "data", validation_fraction=0.2)
+    monkeypatch.chdir(tmp_path)
+    built = Tokenizer.load(tmp_path / "data/tokenizer").vocab_size
+    prepare = "data.prepare={source: stdlib, tokenizer: 'bpe:4096', validation_fraction: 0.1}"
+    for recipe, overrides, size in (
+        ("demo", (), 259),
+        ("demo", ("data.path=data",), built),
+        ("demo", (prepare,), 4096),
+        ("demo", ("model.vocab_size=77",), 77),
+        ("needle_20_mdm", (), 13),
+        ("toy_functions", (), 1024),
+    ):
+        model = _with_vocabulary(build(recipe, overrides))
+        assert (model.vocab_size, model.mask_id >= 0) == (size, True)
+    with pytest.raises(ValueError, match=r"of data that is not here: pass it, for example model\.vocab_size=50258, or"):
+        _with_vocabulary(build("dit_small", ()))
 
 
 def test_the_command_knows_the_table() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -13,11 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from data_pipeline.manifest import TOKENIZER_FOLDER
+from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from model.batch import Batch
 from model.config import ModelConfig
 from model.corruption import corrupt
 from model.noise import NoiseKey
-from pretrain.config import RunConfig, ShardData
+from pretrain.config import RunConfig, ShardData, ToyFunctionsData
+from pretrain.data import open_data
 from pretrain.engines import fsdp
 from pretrain.engines.base import Micro
 from pretrain.identity import rows_per_rank
@@ -90,7 +94,7 @@ def trace(config: RunConfig, world: int, *, on_gpu: bool = True) -> Trace:
         ValueError: these processes can not divide the run, the vocabulary is not known without its data, or
             train.attention can not do what the run asks of it.
     """
-    model = _with_vocabulary(config.model)
+    model = _with_vocabulary(config)
     kernels: AbstractContextManager[dict[str, str]] = attending_on_gpu() if on_gpu else nullcontext({})
     with _world(config, world, DEVICE if on_gpu else HOST) as mesh, kernels as chosen:
         rows = rows_per_rank(config, mesh)
@@ -175,13 +179,31 @@ def _after_forward(engine: fsdp.FsdpEngine, micro: Micro, tally: Tally) -> int:
     return found[0]
 
 
-def _with_vocabulary(model: ModelConfig) -> ModelConfig:
-    if not model.vocab_size:
+def _with_vocabulary(config: RunConfig) -> ModelConfig:
+    """The model as large as its tokenizer, where the settings leave that to the data."""
+    size = config.model.vocab_size or _vocabulary_of(config)
+    if not size:
         raise ValueError(
-            "model.vocab_size is left to the tokenizer, which a plan does not open: pass it, for example "
-            "model.vocab_size=50258"
+            "model.vocab_size is left to the tokenizer of data that is not here: pass it, for example "
+            "model.vocab_size=50258, or tokenise the data first"
         )
-    return model if model.mask_id >= 0 else replace(model, mask_id=model.vocab_size - 1)
+    mask_id = config.model.mask_id if config.model.mask_id >= 0 else size - 1
+    return replace(config.model, vocab_size=size, mask_id=mask_id)
+
+
+def _vocabulary_of(config: RunConfig) -> int:
+    """Size of the tokenizer beside the shards, or of the one that makes them; 0: neither says it."""
+    data = config.data
+    if isinstance(data, ToyFunctionsData):
+        return data.vocab_size
+    if not isinstance(data, ShardData):
+        return open_data(data, single_process().world).tokenizer.vocab_size
+    if (folder := Path(data.path) / TOKENIZER_FOLDER).is_dir():
+        return Tokenizer.load(folder).vocab_size
+    kind, _, size = data.prepare.tokenizer.partition(":") if data.prepare else ("", "", "")
+    if kind == "bytes":
+        return make_tokenizer(kind, lambda: iter(())).vocab_size
+    return int(size) if kind == "bpe" else 0
 
 
 def _micro(model: ModelConfig, first: int, num_rows: int, config: RunConfig) -> Micro:
