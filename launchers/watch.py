@@ -28,8 +28,9 @@ CHART_HEIGHT = 5
 HIGHEST = 0.97
 """Share of the values that a chart's scale covers: the first steps would flatten all others."""
 LABELS = {
-    "forward_backward": "forward, backward",
-    "reduce": "gradient norm, clip",
+    "forward": "forward",
+    "backward": "backward",
+    "reduce": "reducing, norm, clip",
     "optimizer": "optimizer",
     "data_wait": "waiting for data",
     "rank_wait": "waiting for ranks",

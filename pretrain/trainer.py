@@ -69,7 +69,7 @@ class Trainer:
         self.mesh = self.engine.mesh
         self.state = TrainState(identity=run_identity(self.config, self.data))
         self.window = Window()
-        self.span = self.spans or Spans(self.mesh.device)
+        self.span = self.engine.span = self.spans or Spans(self.mesh.device)
         self.spikes = SpikeGuard(self.config.train)
         self.saved: int | None = None
         self.ranks_per_row = self.mesh.world.size // self.mesh.data.size
@@ -191,8 +191,7 @@ class Trainer:
         self._tell(lambda hook: hook.on_step_start(step + 1))
         scale = 1.0 / max(1.0, divisor)
         micros = share.split(self.micro_rows)
-        with self.span("forward_backward"):
-            terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
+        terms = [self.engine.forward_backward(m, scale=scale, last=m is micros[-1]) for m in micros]
         with self.span("reduce"):
             norm = self.engine.reduce_and_clip(config.train.clip_norm)
         with self.span("optimizer"):

@@ -1,7 +1,7 @@
 """What the loop asks of an engine: sharding, precision, gradient sync, clipping and stepping are its business."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,11 +42,24 @@ class Micro:
         return Micro(self.batch.pin_memory(), self.corruption.pin_memory(), self.step)
 
 
+Span = Callable[[str], AbstractContextManager[None]]
+"""A context for the time of a phase, by name."""
+
+
+def unmeasured(phase: str) -> AbstractContextManager[None]:
+    """The span of an engine whose time nobody asks for."""
+    return nullcontext()
+
+
 class Engine(Protocol):
-    """An engine trains one model on one mesh. The loop knows its axes, never its name."""
+    """An engine trains one model on one mesh. The loop knows its axes, never its name.
+
+    span: the loop's, for the phases `forward` and `backward`.
+    """
 
     mesh: Mesh
     num_parameters: int
+    span: Span
 
     def forward_backward(self, micro: Micro, *, scale: float, last: bool) -> LossTerms:
         """Adds scale x gradient of the summed loss; `last` closes the accumulation. Terms come back detached."""

@@ -23,7 +23,7 @@ from ..freeze import freeze
 from ..optim import MOMENTS, adamw, allocate_state
 from ..parallel.blocks import prepare_blocks
 from ..parallel.mesh import Mesh
-from .base import Micro, Tensors
+from .base import Micro, Span, Tensors, unmeasured
 from .zero import hide_gathering, partitions
 from .zero_setup import import_deepspeed, initialise_quietly, materialise, zero_settings
 from .zero_state import NamedState, whole_of
@@ -63,6 +63,7 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = import_deepspeed(mesh.device)
         self.mesh = mesh
+        self.span: Span = unmeasured
         self.products = _gathered_products if parallel.zero_stage == 3 else nullcontext
         with torch.device("meta"):
             whole = MaskedDiffusion(model)
@@ -99,8 +100,10 @@ class DeepSpeedEngine:
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(last)
         with self.products():
-            loss, terms = self._forward(micro)
-            self.engine.backward(loss * (scale * self.mesh.data.size), scale_wrt_gas=False)
+            with self.span("forward"):
+                loss, terms = self._forward(micro)
+            with self.span("backward"):
+                self.engine.backward(loss * (scale * self.mesh.data.size), scale_wrt_gas=False)
         return terms
 
     @torch.no_grad()

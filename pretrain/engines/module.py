@@ -16,7 +16,7 @@ from ..ema import Ema
 from ..optim import MOMENTS, make_optimizer, optimizer_step
 from ..parallel.gradient_sum import GradientSum
 from ..parallel.mesh import Mesh
-from .base import Micro, Tensors
+from .base import Micro, Span, Tensors, unmeasured
 
 
 class ModuleEngine:
@@ -42,6 +42,7 @@ class ModuleEngine:
         parts: Sequence[dist.ProcessGroup],
     ) -> None:
         self.model, self.mesh, self.autocast, self.parts = model, mesh, autocast, parts
+        self.span: Span = unmeasured
         self.divided = frozenset(divided)
         self.parameters = dict(model.named_parameters())
         self.held = next(iter(self.parameters.values())).device
@@ -55,8 +56,10 @@ class ModuleEngine:
         self.model.train()
         if self.sum is not None:
             self.sum.expect(last=last)
-        terms = self._forward(micro)
-        (terms.loss * scale).backward()
+        with self.span("forward"):
+            terms = self._forward(micro)
+        with self.span("backward"):
+            (terms.loss * scale).backward()
         return replace(terms, loss=terms.loss.detach())
 
     @torch.no_grad()

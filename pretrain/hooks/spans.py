@@ -14,8 +14,8 @@ from ..state import TrainState
 from . import json_lines
 from .base import Hook, StepRecord
 
-DEVICE_PHASES = ("forward_backward", "reduce", "optimizer")
-"""What the device does."""
+DEVICE_PHASES = ("forward", "backward", "reduce", "optimizer")
+"""What the device does; what is reduced beside the backward pass belongs to that."""
 HOST_PHASES = ("data_wait", "rank_wait", "log", "validation", "save")
 """What the host does or waits for: its batch, the other ranks, hooks, the disk."""
 

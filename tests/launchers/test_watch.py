@@ -41,7 +41,7 @@ def write_run(folder: Path, *, events: list[dict[str, object]] | None = None, ag
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for rank, (compute, wait) in enumerate(((0.2, 0.5), (0.6, 0.1))):
-        spans = {"forward_backward": 10 * compute, "rank_wait": 10 * wait, "data_wait": 0.5, "save": 1.0}
+        spans = {"forward": 4 * compute, "backward": 6 * compute, "rank_wait": 10 * wait, "data_wait": 0.5, "save": 1.0}
         line = {"steps": 10, "seconds": 10.0, "time": NOW - 3, "peak_memory": (rank + 1) * 2**30, **spans}
         text = "".join(json.dumps({"step": step, **line}) + "\n" for step in (10, 20, 30, 40))
         (folder / "spans" / f"rank-{rank}.jsonl").write_text(text)

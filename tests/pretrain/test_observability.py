@@ -27,8 +27,12 @@ def test_time_goes_to_the_phase_that_takes_it(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each phase is slowed down by an amount of its own, which its spans then hold at least."""
-    evaluate, forward_backward = FsdpEngine.evaluate, FsdpEngine.forward_backward
-    state_dict = FsdpEngine.state_dict
+    evaluate, state_dict, forward, backward = (
+        FsdpEngine.evaluate,
+        FsdpEngine.state_dict,
+        FsdpEngine._forward,
+        torch.Tensor.backward,
+    )
 
     def slowly(seconds: float, method: Callable[..., Any]) -> Callable[..., Any]:
         def slow(*arguments: Any, **named: Any) -> Any:
@@ -37,14 +41,16 @@ def test_time_goes_to_the_phase_that_takes_it(
 
         return slow
 
-    monkeypatch.setattr(FsdpEngine, "forward_backward", slowly(0.02, forward_backward))
+    monkeypatch.setattr(FsdpEngine, "_forward", slowly(0.02, forward))
+    monkeypatch.setattr(torch.Tensor, "backward", slowly(0.05, backward))
     monkeypatch.setattr(FsdpEngine, "evaluate", slowly(0.3, evaluate))
     monkeypatch.setattr(FsdpEngine, "state_dict", slowly(0.2, state_dict))
     train(make_config(tmp_path / "run", "train.steps=8", "log.every=2", "validation.every=4"))
     ((rank, lines),) = read_spans(tmp_path / "run" / "spans").items()
     assert rank == 0
     assert [(line["step"], line["steps"]) for line in lines] == [(2, 2), (4, 2), (6, 2), (8, 2), (8, 0)]
-    assert all(line["forward_backward"] >= 2 * 0.02 for line in lines[:4])
+    assert all(line["forward"] >= 2 * 0.02 for line in lines[:4])
+    assert all(line["backward"] >= 2 * 0.05 for line in lines[:4])
     for name, seconds in (("validation", 0.3), ("save", 0.2)):
         assert [line.get(name, 0) >= seconds for line in lines] == [False, False, True, False, True], name
     for line in lines:
