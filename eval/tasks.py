@@ -10,9 +10,11 @@ from pathlib import Path
 from data_pipeline.packing import Source
 from data_pipeline.toy_functions import write_tasks
 from pretrain.checkpoint.load import Loaded, load_for_evaluation
-from pretrain.config import RunConfig, ShardData, ToyFunctionsData, load_config
+from pretrain.config import RunConfig
 from pretrain.data import Data, open_data, toy_corpus
+from pretrain.data_config import ShardData, ToyFunctionsData
 from pretrain.parallel.mesh import single_process
+from pretrain.settings import load_config
 
 from .code.nearest import NearestExample
 from .code.pass_at_k import evaluate

@@ -122,7 +122,7 @@ def train(
     Exit codes: 0 finished; 75 stopped with a checkpoint: the same command goes on; 70 a spike in the gradient
     (train.on_spike); 71 stalled (train.watchdog_minutes); 2 a mistake in the settings; 1 any other error.
     """
-    from pretrain.config import dump_config
+    from pretrain.settings import dump_config
     from pretrain.train import resolve
     from pretrain.train import train as run_training
 

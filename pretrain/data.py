@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.packing import ShardSource, Source
 from data_pipeline.tokenizers import Tokenizer
 
-from .config import DataConfig, PatternData, PointData, PrepareConfig, ShardData, SudokuData, ToyFunctionsData
+from .data_config import DataConfig, PatternData, PointData, PrepareConfig, ShardData, SudokuData, ToyFunctionsData
 from .parallel.mesh import Axis
 
 if TYPE_CHECKING:

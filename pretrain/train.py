@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import RunConfig, load_config
+from .config import RunConfig
 from .endings import Ending
 from .refusal import EXIT_REFUSED, run_or_refuse
+from .settings import load_config
 
 if TYPE_CHECKING:
     from .hooks.base import Hook

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from data_pipeline.tokenize import tokenize
-from pretrain.config import RunConfig, validate
+from pretrain.config import RunConfig
 from pretrain.hooks.metrics import read_metrics
+from pretrain.settings import validate
 
 MakeConfig = Callable[..., RunConfig]
 Trace = dict[int, dict[str, Any]]
@@ -69,7 +70,7 @@ def write_config() -> Callable[[RunConfig, Path], Path]:
     """Saves a configuration where a command line can read it."""
 
     def write(config: RunConfig, path: Path) -> Path:
-        from pretrain.config import dump_config
+        from pretrain.settings import dump_config
 
         path.write_text(dump_config(config))
         assert yaml.safe_load(path.read_text())["name"] == config.name

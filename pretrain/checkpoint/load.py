@@ -14,10 +14,10 @@ from data_pipeline.tokenizers import Tokenizer
 from model.config import ModelConfig
 from model.diffusion import MaskedDiffusion
 
-from ..config import flat
 from ..engines.base import Engine
 from ..notice import notice
 from ..parallel.mesh import Axis
+from ..settings import flat
 from ..state import TrainState
 from .manifest import read_manifest, sealed_in
 from .verify import ALONE, damage

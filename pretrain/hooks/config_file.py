@@ -5,8 +5,9 @@ from pathlib import Path
 import yaml
 
 from ..checkpoint.manifest import write_synced
-from ..config import RunConfig, dump_config, flat
+from ..config import RunConfig
 from ..notice import notice
+from ..settings import dump_config, flat
 from ..state import TrainState
 from ..writable import check_writable
 from .base import Hook

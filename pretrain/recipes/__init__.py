@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from types import ModuleType
 
-from ..config import RunConfig, validate
+from ..config import RunConfig
+from ..settings import validate
 
 Family = dict[str, RunConfig]
 

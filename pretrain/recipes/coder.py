@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from model.config import AugmentationConfig, ModelConfig, TransformerConfig
 
-from ..config import CheckpointConfig, OptimConfig, RunConfig, ShardData, TrainConfig, ValidationConfig
+from ..config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import ShardData
 
 
 def coder_0_5b() -> RunConfig:

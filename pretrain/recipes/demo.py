@@ -2,15 +2,8 @@
 
 from model.config import ModelConfig, TransformerConfig
 
-from ..config import (
-    CheckpointConfig,
-    OptimConfig,
-    PrepareConfig,
-    RunConfig,
-    ShardData,
-    TrainConfig,
-    ValidationConfig,
-)
+from ..config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import PrepareConfig, ShardData
 
 
 def demo() -> RunConfig:

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from model.config import AugmentationConfig, LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
 
-from ..config import CheckpointConfig, OptimConfig, RunConfig, ShardData, TrainConfig, ValidationConfig
+from ..config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import ShardData
 
 SMALL = TransformerConfig(dim=768, num_layers=12, num_heads=12, dropout=0.1)
 TINY = TransformerConfig(dim=512, num_layers=8, num_heads=8, dropout=0.1)

@@ -17,7 +17,8 @@ from typing import Literal
 
 from model.config import ModelConfig
 
-from ..config import RunConfig, ShardData
+from ..config import RunConfig
+from ..data_config import ShardData
 from . import Family
 from .dit import SMALL, TINY, dit_small, with_hints, with_latent
 

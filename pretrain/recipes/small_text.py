@@ -6,16 +6,8 @@ have 64, and generative perplexity is that of the autoregressive model trained o
 
 from model.config import ModelConfig, TransformerConfig
 
-from ..config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    PrepareConfig,
-    RunConfig,
-    ShardData,
-    TrainConfig,
-    ValidationConfig,
-)
+from ..config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import PrepareConfig, ShardData
 from . import Family
 from .dit import with_hints
 

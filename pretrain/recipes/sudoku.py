@@ -10,15 +10,8 @@ from dataclasses import replace
 from model.config import LatentConfig, ModelConfig, RecognitionConfig, TransformerConfig
 from model.size import matched_control
 
-from ..config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    RunConfig,
-    SudokuData,
-    TrainConfig,
-    ValidationConfig,
-)
+from ..config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import SudokuData
 from . import Family
 
 

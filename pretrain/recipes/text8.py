@@ -16,7 +16,8 @@ from dataclasses import replace
 
 from model.config import ModelConfig
 
-from ..config import RunConfig, ShardData
+from ..config import RunConfig
+from ..data_config import ShardData
 from . import Family
 from .dit import SMALL, TINY, dit_small, with_hints, with_latent
 

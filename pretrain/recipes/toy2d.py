@@ -10,15 +10,8 @@ from typing import Literal
 from model.config import LatentConfig, ModelConfig, PointMlpConfig
 from model.size import matched_control
 
-from ..config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    PointData,
-    RunConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from ..config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import PointData
 from . import Family
 
 STEPS_PER_EPOCH = 100_000 // 256

@@ -2,15 +2,8 @@
 
 from model.config import ModelConfig, TransformerConfig
 
-from ..config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    RunConfig,
-    ToyFunctionsData,
-    TrainConfig,
-    ValidationConfig,
-)
+from ..config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import ToyFunctionsData
 
 
 def toy_functions() -> RunConfig:

@@ -13,15 +13,8 @@ from dataclasses import replace
 from model.config import LatentConfig, ModelConfig, RecognitionConfig, ScheduleConfig, TransformerConfig
 from model.size import matched_control
 
-from ..config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    PatternData,
-    RunConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from ..config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from ..data_config import PatternData
 from . import Family
 
 DIGITS = {"vocab_size": 13, "mask_id": 10}

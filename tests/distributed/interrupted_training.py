@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.config import load_config
 from pretrain.endings import Ending
 from pretrain.engines.base import Micro
 from pretrain.parallel import mesh
+from pretrain.settings import load_config
 from pretrain.train import train
 from pretrain.trainer import Trainer
 from tests.distributed.recorded_training import divided

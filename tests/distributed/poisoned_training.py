@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from model.diffusion import LossTerms
-from pretrain.config import load_config
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel import mesh
+from pretrain.settings import load_config
 from pretrain.train import train
 
 BATCH = 5

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from model.diffusion import LossTerms
 from pretrain import throughput
-from pretrain.config import ParallelConfig, load_config
+from pretrain.config import ParallelConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel import mesh
+from pretrain.settings import load_config
 from pretrain.train import train
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from model.losses import VocabularySlice, masked_linear_cross_entropy
 from pretrain.checkpoint.load import resume
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, validate
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh, build_mesh, single_process
+from pretrain.settings import validate
 from pretrain.state import TrainState
 from tests.distributed.parity import MDLM, SYSTEMS, backward, row_losses, whole_state
 

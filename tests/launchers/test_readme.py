@@ -9,8 +9,8 @@ import pytest
 import typer
 
 from launchers.cli import app
-from pretrain.config import load_config
 from pretrain.recipes import build, recipes
+from pretrain.settings import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -112,7 +112,8 @@ def test_every_named_source_file_exists() -> None:
 
 
 def test_the_recipe_that_is_taught_works(tmp_path: Path) -> None:
-    from pretrain.config import RunConfig, dump_config
+    from pretrain.config import RunConfig
+    from pretrain.settings import dump_config
 
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     source = block.replace("from ..config", "from pretrain.config").replace("from .", "from pretrain.recipes.")

@@ -13,7 +13,8 @@ from model.flex import FlexPlan
 from model.masks import Annealing, MaskKind, MaskSpec
 from model.sdpa import SdpaPlan
 from model.transformer import Transformer, use_attention
-from pretrain.config import TrainConfig, validate
+from pretrain.config import TrainConfig
+from pretrain.settings import validate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 DOCUMENTS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])

@@ -7,7 +7,7 @@ import pytest
 from pretrain.checkpoint.manifest import FORMAT, Kind, Manifest, sealed_in
 from pretrain.checkpoint.retention import abandon_after, retain
 from pretrain.checkpoint.save import checkpoint_name
-from pretrain.config import validate
+from pretrain.settings import validate
 
 TREE = {"name": "small", "data": {"kind": "patterns"}, "train": {"batch_tokens": 64}}
 

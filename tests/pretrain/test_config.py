@@ -6,17 +6,10 @@ import pytest
 import yaml
 
 from model.config import AugmentationConfig, LatentConfig
-from pretrain.config import (
-    KINDS,
-    RunConfig,
-    ShardData,
-    ToyFunctionsData,
-    dump_config,
-    known_keys,
-    load_config,
-    validate,
-)
+from pretrain.config import RunConfig
+from pretrain.data_config import ShardData, ToyFunctionsData
 from pretrain.recipes import build, recipes
+from pretrain.settings import KINDS, dump_config, known_keys, load_config, validate
 
 SMALL = {"name": "x", "data": {"kind": "shards", "path": "somewhere"}}
 

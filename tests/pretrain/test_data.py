@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import data
-from pretrain.config import PrepareConfig, ShardData
+from pretrain.data_config import PrepareConfig, ShardData
 from pretrain.parallel.mesh import Axis
 
 

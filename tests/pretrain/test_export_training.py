@@ -25,10 +25,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from pretrain.checkpoint import hf, weights
 from pretrain.checkpoint.load import CHECKPOINTS
 from pretrain.checkpoint.save import checkpoint_name
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.endings import Ending
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.hooks import exports
+from pretrain.settings import load_config
 from pretrain.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint.load import load_for_evaluation
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.endings import Ending
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.hooks import json_lines
@@ -25,6 +25,7 @@ from pretrain.hooks.json_lines import JsonLines
 from pretrain.hooks.metrics import read_metrics
 from pretrain.hooks.spans import read_spans
 from pretrain.hooks.tensorboard import TensorBoardFiles
+from pretrain.settings import load_config
 from pretrain.state import TrainState
 from pretrain.train import train
 

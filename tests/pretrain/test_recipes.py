@@ -15,9 +15,11 @@ from launchers.describe import list_recipes
 from model.config import ModelConfig, PointMlpConfig
 from model.diffusion import MaskedDiffusion
 from model.size import num_parameters
-from pretrain.config import RunConfig, ShardData, dump_config
+from pretrain.config import RunConfig
+from pretrain.data_config import ShardData
 from pretrain.hooks.metrics import read_metrics
 from pretrain.recipes import build, recipes
+from pretrain.settings import dump_config
 from pretrain.train import train
 
 REPRESENTATIVES = [

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from model.masks import Annealing
-from pretrain.config import OptimConfig, RunConfig, validate
+from pretrain.config import OptimConfig, RunConfig
 from pretrain.schedules import learning_rate, step_schedule
+from pretrain.settings import validate
 from pretrain.trainer import averaging_decay
 
 OPENING = ["train.attention_anneal=window", "train.attention_anneal_steps=4"]

@@ -21,13 +21,14 @@ from model.flops import training_flops
 from model.masks import MaskSpec
 from model.noise import NoiseKey
 from pretrain.checkpoint.load import CHECKPOINTS, load_for_evaluation
-from pretrain.config import RunConfig, dump_config, load_config
+from pretrain.config import RunConfig
 from pretrain.data import open_data
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.hooks.metrics import read_metrics
 from pretrain.parallel.mesh import Axis, single_process
 from pretrain.schedules import learning_rate
+from pretrain.settings import dump_config, load_config
 from pretrain.train import resolve, train
 from pretrain.trainer import Trainer, corrupt_step, validation_bound
 

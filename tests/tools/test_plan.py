@@ -18,11 +18,12 @@ from model.corruption import corrupt
 from model.diffusion import StepSchedule
 from model.flops import training_flops
 from model.noise import NoiseKey
-from pretrain.config import RunConfig, validate
+from pretrain.config import RunConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import single_process
 from pretrain.recipes import build
+from pretrain.settings import validate
 from tools.bench.memory import peak_extra_bytes
 from tools.plan.estimate import estimate
 from tools.plan.machines import GPUS, find

@@ -27,10 +27,10 @@ from launchers.cli import main
 from model.diffusion import MaskedDiffusion
 from model.initialisation import initialise
 from pretrain.checkpoint.load import CHECKPOINTS, newest_good
-from pretrain.config import dump_config
 from pretrain.endings import Ending
 from pretrain.hooks.metrics import read_metrics
 from pretrain.recipes import build
+from pretrain.settings import dump_config
 from pretrain.train import train
 from tools.reproduce import samples, training
 from tools.reproduce.figures import Bar, bars_against_paper

@@ -16,8 +16,9 @@ from model.diffusion import MaskedDiffusion
 from model.initialisation import initialise
 from model.size import num_parameters
 from pretrain.checkpoint.load import Loaded
-from pretrain.config import RunConfig, dump_config, load_config
+from pretrain.config import RunConfig
 from pretrain.recipes import build
+from pretrain.settings import dump_config, load_config
 from pretrain.state import TrainState
 from tools.reproduce import samples, sudoku, vadd_points, vmd_ablations, vmd_needle, vmd_pairs, vmd_quadruples
 from tools.reproduce.table import Budget, Results

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from data_pipeline.packing import Rows
 from data_pipeline.tokenizers import value_tokenizer
 from model.config import ModelConfig, TransformerConfig
-from pretrain.config import RunConfig, validate
+from pretrain.config import RunConfig
 from pretrain.data import Data
 from pretrain.engines import make_engine
 from pretrain.hooks.base import Hook
 from pretrain.parallel.mesh import build_mesh, mesh_shape, single_process
+from pretrain.settings import validate
 from pretrain.trainer import Trainer
 
 

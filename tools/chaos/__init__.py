@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eval.record import Record, write_whole
-from pretrain.config import dump_config
+from pretrain.settings import dump_config
 from pretrain.writable import check_writable
 
 from .disk import release, small_disk

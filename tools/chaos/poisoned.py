@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor
 from model.config import ModelConfig
 from model.diffusion import LossTerms
 from pretrain import engines
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.engines.base import Micro
 from pretrain.engines.fsdp import FsdpEngine
 from pretrain.parallel.mesh import Mesh
+from pretrain.settings import load_config
 from pretrain.train import train
 
 

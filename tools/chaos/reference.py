@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pretrain.config import dump_config
 from pretrain.hooks.metrics import read_metrics
+from pretrain.settings import dump_config
 
 from .processes import POLL, Torchrun
 from .run_folder import RunFolder

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pretrain.config import RunConfig, validate
+from pretrain.config import RunConfig
+from pretrain.settings import validate
 
 STEPS = 40
 SAVE_EVERY = 4

@@ -20,8 +20,9 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.corruption import corrupt
 from model.noise import NoiseKey
-from pretrain.config import RunConfig, ShardData, ToyFunctionsData
+from pretrain.config import RunConfig
 from pretrain.data import open_data
+from pretrain.data_config import ShardData, ToyFunctionsData
 from pretrain.engines import fsdp
 from pretrain.engines.base import Micro
 from pretrain.identity import rows_per_rank

@@ -17,9 +17,9 @@ from model.batch import Batch
 from model.diffusion import MaskedDiffusion
 from model.noise import NoiseKey
 from pretrain.checkpoint.load import Loaded
-from pretrain.config import load_config
 from pretrain.data import open_data
 from pretrain.parallel.mesh import single_process
+from pretrain.settings import load_config
 
 from .figures import lines
 from .table import Budget, Reproduction, Results

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from model.size import matched_control
 from pretrain.checkpoint.load import CHECKPOINTS, Loaded, load_for_evaluation, newest_good, read_state
-from pretrain.config import RunConfig, dump_config, load_config
+from pretrain.config import RunConfig
 from pretrain.hooks.metrics import read_metrics
 from pretrain.recipes import build
+from pretrain.settings import dump_config, load_config
 from pretrain.writable import check_writable
 
 POLL_SECONDS = 0.5
