@@ -100,13 +100,14 @@ def refuse_unservable(model: MaskedDiffusion, state: SamplerState, policies: Pol
         raise ValueError(f"num_hints={policies.hints.num_hints} needs a model with augmentation: use 1")
     if model.config.autoregressive:
         most = int(state.masked_BL.sum(1).max()) if len(state.masked_BL) else 0
-        even = isinstance(policies.amount, Even)
-        if policies.order != "left_to_right" or steps < most or not even:
-            raise ValueError(
-                f"an autoregressive model writes one token a step from left to right, not order={policies.order} in "
-                f"{steps} steps of {'an even' if even else 'a random'} amount: use order=left_to_right, an even amount "
-                f"and at least {most} steps"
-            )
+        mends = {
+            f"order=left_to_right instead of {policies.order}": policies.order != "left_to_right",
+            "an even amount instead of a random one": not isinstance(policies.amount, Even),
+            f"at least {most} steps instead of {steps}": steps < most,
+        }
+        if any(mends.values()):
+            wanted = ", ".join(mend for mend, needed in mends.items() if needed)
+            raise ValueError(f"an autoregressive model writes one token a step from left to right: use {wanted}")
 
 
 def _advance(

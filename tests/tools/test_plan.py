@@ -27,7 +27,7 @@ from pretrain.settings import validate
 from tools.bench.memory import peak_extra_bytes
 from tools.plan.estimate import estimate
 from tools.plan.machines import GPUS, find
-from tools.plan.page import results_of
+from tools.plan.page import _count, _duration, _flops, _size, results_of
 from tools.plan.suggest import suggestions
 from tools.plan.trace import _with_vocabulary, trace
 
@@ -291,6 +291,16 @@ def test_the_coder_fits_on_64_gpus(tmp_path: Path) -> None:
 def test_mistakes_are_named(run: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_amounts_are_told_in_units_of_their_size() -> None:
+    for tell, amounts in (
+        (_count, {0: "0.00", 999: "999.00", 1000: "1.00k", 7.62e9: "7.62B", 6.5e10: "65.00B"}),
+        (_flops, {2.596e10: "25.96 GFLOP", 9.553e16: "95.53 PFLOP"}),
+        (_size, {430_000: "0.41 MiB", 23.97e9: "22.32 GiB"}),
+        (_duration, {0.0001: "0.10 ms", 9.82: "9.82 s", 90: "1.50 minutes", 304_128: "3.52 days"}),
+    ):
+        assert {amount: tell(amount) for amount in amounts} == amounts
 
 
 def test_the_vocabulary_is_that_of_the_data_where_it_is_here(

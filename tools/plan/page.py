@@ -1,5 +1,6 @@
 """A plan for people, and its numbers by dotted key."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
@@ -9,7 +10,7 @@ from rich.text import Text
 from pretrain.config import RunConfig
 
 from .estimate import Plan
-from .machines import find
+from .machines import FILLED, find
 from .tally import BETWEEN_DEVICES
 
 GIB = 2**30
@@ -46,23 +47,23 @@ def as_lines(
     """What the terminal shows."""
     held, tokens = plan.trace, config.train.batch_tokens
     yield Text(
-        f"{config.name}: {held.num_parameters / 1e9:.2f}B parameters on {nodes} x {gpus_per_node} {gpu_name}, "
-        f"{config.train.steps:,} steps of {tokens:,} tokens ({config.train.steps * tokens / 1e9:.1f}B)",
+        f"{config.name}: {_count(held.num_parameters)} parameters on {nodes} x {gpus_per_node} {gpu_name}, "
+        f"{config.train.steps:,} steps of {tokens:,} tokens ({_count(config.train.steps * tokens)})",
         style="bold",
     )
     yield _memory(plan)
     yield _time(plan, gpu_name)
     yield Text(
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / plan.world:,.0f} per GPU "
-        f"(MFU {plan.mfu:.0%}); {plan.days:,.1f} days; a checkpoint takes {plan.checkpoint_bytes / GIB:,.0f} GiB",
+        f"(MFU {plan.mfu:.0%}); {_duration(86_400 * plan.days)}; a checkpoint takes {_size(plan.checkpoint_bytes)}",
     )
     if held.kernels:
         yield Text(f"attention: {kernels_of(plan)}", style="dim")
     yield Text("Memory is counted from the run's own operators; times are predicted, not measured.", style="dim")
     if plan.fits:
-        yield Text(f"fits: {plan.peak / GIB:.1f} of {plan.room / GIB:.1f} GiB", style="green")
+        yield Text(f"fits: {_size(plan.peak)} of {_room(plan)}", style="green")
     else:
-        yield Text(f"does not fit: {plan.peak / GIB:.1f} GiB, there are {plan.room / GIB:.1f}", style="red")
+        yield Text(f"does not fit: {_size(plan.peak)}, there are {_room(plan)}", style="red")
     for hint in hints:
         yield Text(f"  try {hint}" if "=" in hint else f"  {hint}")
 
@@ -76,7 +77,7 @@ def _memory(plan: Plan) -> Table:
     held = plan.trace
     table = Table(title="memory of a rank", title_justify="left")
     table.add_column("what")
-    table.add_column("GiB", justify="right")
+    table.add_column("amount", justify="right")
     where = "on the host: " if held.host else ""
     parts = {
         f"{where}weights, float32": held.parameters,
@@ -87,10 +88,10 @@ def _memory(plan: Plan) -> Table:
     }
     for name, size in parts.items():
         if size:
-            table.add_row(name, f"{size / GIB:.2f}")
-    table.add_row("peak, with what is computed meanwhile", f"{plan.peak / GIB:.2f}", style="bold")
+            table.add_row(name, _size(size))
+    table.add_row("peak: the most of it at one moment, and temporaries", _size(plan.peak), style="bold")
     if held.host:
-        table.add_row("peak on the host", f"{held.host / GIB:.2f}", style="bold")
+        table.add_row("peak on the host", _size(held.host), style="bold")
     return table
 
 
@@ -99,16 +100,45 @@ def _time(plan: Plan, gpu_name: str) -> Table:
     table = Table(title="a step", title_justify="left")
     for name in ("what", "amount"):
         table.add_column(name)
-    table.add_column("seconds", justify="right")
+    table.add_column("time", justify="right")
     table.add_row(
         "computing",
-        f"{plan.step_flops / 1e15:,.1f} useful PFLOP over all ranks, at {gpu.reached:.0%} of the peak",
-        f"{plan.compute_seconds:.2f}",
+        f"{_flops(plan.step_flops)} over all ranks, those recomputed besides, at {gpu.reached:.0%} of the peak",
+        _duration(plan.compute_seconds),
     )
     for axis, seconds in plan.sending.items():
         whom = "over PCIe" if axis == BETWEEN_DEVICES else f"among {len(held.axes[axis])} ranks"
-        table.add_row(f"sending: {axis}", f"{held.sent[axis] / GIB:.1f} GiB {whom}", f"{seconds:.2f}")
+        table.add_row(f"sending: {axis}", f"{_size(held.sent[axis])} {whom}", _duration(seconds))
     traffic = f"memory traffic{' on the host' * bool(held.host)}"
-    table.add_row("optimizer", traffic, f"{plan.optimizer_seconds:.2f}")
-    table.add_row("step", "weights are sent beside the computing", f"{plan.step_seconds:.2f}", style="bold")
+    table.add_row("optimizer", traffic, _duration(plan.optimizer_seconds))
+    table.add_row("step", "weights are sent beside the computing", _duration(plan.step_seconds), style="bold")
     return table
+
+
+def _room(plan: Plan) -> str:
+    return f"{_size(plan.room)} ({FILLED:.0%} of the GPU's)"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
+
+
+def _count(number: float) -> str:
+    return "{:,.2f}{}".format(*_scaled(number, "kMBTP"))
+
+
+def _flops(number: float) -> str:
+    return "{:,.2f} {}FLOP".format(*_scaled(number, "kMGTP"))
+
+
+def _scaled(number: float, prefixes: str) -> tuple[float, str]:
+    """A number in the largest unit of which there is a whole one."""
+    power = min(len(prefixes), int(math.log10(max(1.0, number))) // 3)
+    return number / 1000**power, prefixes[power - 1] if power else ""
+
+
+def _duration(seconds: float) -> str:
+    for length, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "s")):
+        if seconds >= length:
+            return f"{seconds / length:,.2f} {unit}"
+    return f"{1000 * seconds:,.2f} ms"

@@ -23,7 +23,8 @@ def suggestions(config: RunConfig, plan: Planner) -> list[str]:
         lines.append(f"{' '.join(settings)}: {found.peak / 2**30:.1f} GiB{host}, {verdict}")
         if found.fits:
             return lines
-    return [*lines, "none of these settings is enough: take more GPUs, or GPUs with more memory"]
+    tried = "none of these settings is enough" if lines else "no setting that saves memory applies here"
+    return [*lines, f"{tried}: take more GPUs, or GPUs with more memory"]
 
 
 def _smaller(config: RunConfig) -> Iterator[tuple[list[str], RunConfig]]:
