@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 from rich.columns import Columns
@@ -179,11 +180,12 @@ def _speed(frame: Frame) -> list[tuple[str, str]]:
     if not frame.train:
         return []
     recent, last = frame.train[-RECENT:], frame.train[-1]
-    facts = [("speed", f"{compact(sum(row['tokens_per_second'] for row in recent) / len(recent))} tok/s")]
+    facts = [("speed", f"{compact(fmean(row['tokens_per_second'] for row in recent))} tok/s")]
     if last.get("mfu") is not None:
-        facts.append(("mfu", f"{last['mfu']:.0%}"))
+        facts.append(("mfu", f"{fmean(row.get('mfu') or 0.0 for row in recent):.0%}"))
     if frame.seconds_per_step is not None and frame.step < frame.steps:
-        facts.append(("left", duration((frame.steps - frame.step) * frame.seconds_per_step)))
+        label = "left" if frame.status[0] == "training" else "still to train"
+        facts.append((label, duration((frame.steps - frame.step) * frame.seconds_per_step)))
     facts += [
         ("tokens", compact(last["tokens"])),
         ("lr", f"{last['lr']:.2e}"),

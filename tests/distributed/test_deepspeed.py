@@ -208,7 +208,11 @@ def check_round_trip(case: Case, mesh: Mesh) -> None:
     for group, named in wanted.half.items():
         for name, tensor in named.items():
             assert torch.equal(loaded[group][name], tensor), f"{case}: {group} of {name}"
+    phases: list[str] = []
+    engine.span = lambda phase: nullcontext(phases.append(phase))
     trace = train(engine, model, range(HALF, STEPS))
+    assert phases == ["forward", "backward"] * (len(phases) // 2)
+    assert len(phases) >= 2 * (STEPS - HALF)
     for ours, theirs in zip(trace, wanted.trace[HALF:], strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-4), f"{case}: half-way"
     back = FsdpEngine(model, OptimConfig(), case.train, ParallelConfig(), ALONE, seed=6)

@@ -92,7 +92,7 @@ ROLLBACK = {"kind": "event", "event": "rollback", "step": 20, "spike": 44}
     [
         ([], 500.0, ("● silent for 8:20 min",)),
         ([{"kind": "event", "event": "finish", "step": 40}], 500.0, ("● finished",)),
-        ([STOP], 500.0, ("● stopped: SIGTERM", "0 times, after 1 stops")),
+        ([STOP], 500.0, ("● stopped: SIGTERM", "0 times, after 1 stops", "still to train 1:00 min")),
         ([STOP, RESUME], 0.0, ("● training", "1 times, after 1 stops")),
         ([ROLLBACK], 0.0, ("● training", "rollbacks      1", "20 of 100 steps")),
     ],
