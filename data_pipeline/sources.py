@@ -60,7 +60,8 @@ def _some(source: str, documents: Iterator[Document]) -> Iterator[Document]:
             yield document
     if empty:
         raise ValueError(
-            f"source {source!r} holds no UTF-8 text; give {LEGAL_SOURCES}, with at least one document that is not empty"
+            f"source {source!r} holds no document; give {LEGAL_SOURCES} (of a folder, files with these endings are "
+            "read; documents that are empty, or not UTF-8, are left out)"
         )
 
 

@@ -147,7 +147,7 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="Machines.", min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of each, and processes.", min=1)] = 8,
-    gpu: Annotated[PlannedGpu, typer.Option(help="Their kind.")] = PlannedGpu.a100_80,
+    gpu: Annotated[PlannedGpu, typer.Option(help="Their kind.", case_sensitive=False)] = PlannedGpu.a100_80,
     json: JsonFile = None,
 ) -> None:
     """Say whether a run fits on GPUs that are not here, and predict its speed: memory, traffic, days.

@@ -61,6 +61,7 @@ def _print_trace(console: Console, sample: Completion) -> None:
     for number in shown:
         console.print(Text(f"-- after {number} of {last} steps", style="cyan"))
         console.print(_render(sample.frames[number]))
+    console.print(Text("-- the text, up to its end", style="cyan"))
 
 
 def _render(frame: Frame) -> Text:

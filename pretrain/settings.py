@@ -151,19 +151,22 @@ def _explain_unknown(key: str, kinds: Mapping[str, str], *, is_group: bool) -> s
     keys = list(known_keys(kinds))
     groups_of = {k.rpartition(".")[0] for k in keys}
     alike = [k for k in keys if (k in groups_of) == is_group]
-    return f"{key} is not a setting: did you mean {_nearest(key, alike)}?"
+    nearest = _nearest(key, alike)
+    return f"{key} is not a setting: " + (
+        f"did you mean {nearest}?" if nearest else "`penumbra recipes RECIPE` lists all of a recipe"
+    )
 
 
-def _nearest(key: str, keys: list[str]) -> str:
-    """The key whose last part is the same, is much like it, or is least unlike it; of the same parent first."""
+def _nearest(key: str, keys: list[str]) -> str | None:
+    """The key whose last part is the same, or is like it; of the same parent first."""
     parent, _, leaf = key.rpartition(".")
     below = [k for k in keys if k.startswith(f"{parent}.")]
     siblings = [k for k in below if k.rpartition(".")[0] == parent]
-    for candidates, cutoff in ((below, 1.0), (keys, 1.0), (siblings, 0.6), (keys, 0.6), (siblings, 0.0), (keys, 0.0)):
+    for candidates, cutoff in ((below, 1.0), (keys, 1.0), (siblings, 0.6), (keys, 0.6), (siblings, 0.3)):
         by_leaf = {k.rpartition(".")[2]: k for k in reversed(candidates)}
         if found := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff):
             return by_leaf[found[0]]
-    return keys[0]
+    return None
 
 
 def _join(problems: list[str]) -> str:

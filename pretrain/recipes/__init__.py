@@ -62,8 +62,7 @@ def build(name: str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     known = recipes()
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise ValueError(
-            f"{name!r} is not a recipe: did you mean {nearest[0]}? `penumbra recipes` lists all {len(known)}"
-        )
+        nearest = difflib.get_close_matches(name, known, n=1)
+        guess = f"did you mean {nearest[0]}? " if nearest else ""
+        raise ValueError(f"{name!r} is not a recipe: {guess}`penumbra recipes` lists all {len(known)}")
     return validate(asdict(known[name].build()), overrides)

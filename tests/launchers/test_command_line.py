@@ -124,9 +124,9 @@ def test_a_refusal_reaches_the_shell(tmp_path: Path) -> None:
 
 def test_a_source_without_text_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "holds no UTF-8 text" in refused("tokenize", "empty", "--out", "data")
+    assert "holds no document" in refused("tokenize", "empty", "--out", "data")
     (tmp_path / "empty" / "latin.py").write_bytes(b"# caf\xe9\n")
-    assert "holds no UTF-8 text" in refused("tokenize", "empty", "--out", "data")
+    assert "holds no document" in refused("tokenize", "empty", "--out", "data")
     assert "does not exist" in refused("tokenize", "nowhere", "--out", "data")
     assert "holds the working directory" in refused("tokenize", "empty", "--out", ".")
     (tmp_path / "x.bin").write_bytes(b"\0")

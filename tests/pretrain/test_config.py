@@ -223,7 +223,9 @@ def test_every_known_key_is_a_setting(data: str, backbone: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         validate({"name": "x"}, [*wrong, *chosen, "nonsense=1"])
     said = [line.removeprefix("- ") for line in str(caught.value).splitlines()[1:]]
-    assert [line for line in said if "is not a setting" in line] == ["nonsense is not a setting: did you mean seed?"]
+    assert [line for line in said if "is not a setting" in line] == [
+        "nonsense is not a setting: `penumbra recipes RECIPE` lists all of a recipe"
+    ]
     assert {line.partition(":")[0].partition("=")[0] for line in said[:-1]} >= {w.removesuffix("={}") for w in wrong}
 
 
