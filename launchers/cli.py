@@ -1,5 +1,7 @@
 """The `penumbra` command: parse, call one room, print. Heavy imports happen inside the commands."""
 
+import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -388,7 +390,8 @@ def reproduce(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script; SIGTERM ends it as an error would, with all that it has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run_or_refuse(lambda: app(standalone_mode=True))
 
 

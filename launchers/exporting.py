@@ -19,7 +19,9 @@ def run_export(run: Path, out: Path, step: int | None, settings: ExportSettings)
     try:
         export(checkpoint, out, settings)
     except OSError as error:
-        raise ValueError(f"nothing was exported to {out} ({error}): make room or mend it, or choose another place") from None
+        raise ValueError(
+            f"nothing was exported to {out} ({error}): make room or mend it, or choose another place"
+        ) from None
     print(f"exported {checkpoint} ({kind}, {settings.dtype}) to {out}")
     if not (checkpoint / "tokenizer").is_dir():
         print("the checkpoint has no tokenizer, so the folder has none: the model reads and writes token ids")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import RunConfig
 from .endings import Ending
@@ -38,6 +38,7 @@ def train(config: RunConfig) -> Ending:
     from .hooks.signals import StopRequest, stop_signals
     from .hooks.spans import Spans
     from .parallel.mesh import process_mesh
+    from .sole_run import sole_run
     from .throughput import peak_flops
     from .trainer import Trainer
 
@@ -50,12 +51,11 @@ def train(config: RunConfig) -> Ending:
             engine = make_engine(config, model, mesh)
             spans = Spans(mesh.device)
             trainer = Trainer(config, model, engine, data, hooks=[], peak_flops=peak, stop=stop, spans=spans)
-            hooks = rank_hooks(config, mesh, spans)
-            if mesh.world.rank == 0:
-                _open_folder(config.path)
-                hooks += make_hooks(config, engine.num_parameters, mesh.world.size)
-            trainer.hooks = hooks
-            ending = trainer.run()
+            with sole_run(config.path, mesh.world):
+                trainer.hooks = rank_hooks(config, mesh, spans)
+                if mesh.world.rank == 0:
+                    trainer.hooks += make_hooks(config, engine.num_parameters, mesh.world.size)
+                ending = trainer.run()
             if ending is not Ending.FINISHED:
                 _end_torchrun(os.environ)
                 mesh.world.barrier()
@@ -153,15 +153,6 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _open_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"the run's folder {folder} can not be made ({error}): choose another with folder=..."
-        ) from None
-
-
 def _end_torchrun(environ: Mapping[str, str]) -> None:
     """Asks this machine's torchrun to end, where it would start again what ends with another code than 0."""
     restarts = [int(environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
@@ -176,11 +167,24 @@ def main() -> None:
         print("usage: python -m pretrain.train RECIPE|config.yaml [key=value ...]   (see `penumbra recipes`)")
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
     try:
-        run_or_refuse(lambda: sys.exit(train(resolve(arguments[0], arguments[1:]))))
+        run_or_refuse(lambda: _leave(train(resolve(arguments[0], arguments[1:]))))
     except SystemExit as end:
         if end.code == EXIT_REFUSED:
             _end_torchrun(os.environ)
         raise
+
+
+def _leave(ending: Ending) -> NoReturn:
+    """Ends the process; one of several as it is.
+
+    Where threads of its communication still run, taking down the interpreter has aborted now and then, and torchrun
+    would start a run again that is at its end.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(ending)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ending)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pretrain.hooks.collapse_warning import PATIENCE, CollapseWarning
 from pretrain.hooks.config_file import ConfigFile
 from pretrain.hooks.metrics import MetricsFile
 from pretrain.hooks.wandb import WandbRun
+from pretrain.sole_run import LOCK
 from pretrain.state import TrainState
 from pretrain.train import make_hooks, train
 from pretrain.writable import check_writable
@@ -31,7 +32,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=rf"{name} can not be written \(it is a folder\)"):
         train(make_config(tmp_path / "run", "train.steps=1"))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {name, LOCK}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -1,5 +1,7 @@
 """What torchrun restarts does not meet what it was before."""
 
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -7,6 +9,7 @@ import torch.distributed as dist
 
 from pretrain.parallel.mesh import _meeting_place
 from pretrain.train import _end_torchrun
+from tools.chaos.processes import ROOT
 
 TORCHRUN = {
     "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -58,3 +61,15 @@ def test_torchrun_is_ended_only_where_it_would_start_again(monkeypatch: pytest.M
     assert not told
     _end_torchrun(TORCHRUN | {"LOCAL_RANK": "0"})
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(("several", "code"), [(True, 75), (False, -6)])
+def test_what_breaks_while_the_interpreter_is_taken_down_does_not_change_how_a_run_of_several_ended(
+    monkeypatch: pytest.MonkeyPatch, several: bool, code: int
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if several:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    program = "import atexit, os; from pretrain.train import _leave; atexit.register(os.abort); print('so'); _leave(75)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (code, "so\n")

@@ -32,6 +32,7 @@ from pretrain.hooks.metrics import read_metrics
 from pretrain.recipes import build
 from pretrain.settings import dump_config
 from pretrain.train import train
+from tools.chaos.processes import ROOT, is_alive
 from tools.reproduce import samples, training
 from tools.reproduce.figures import Bar, bars_against_paper
 from tools.reproduce.samples import ARGMAX, CATEGORICAL, complete, draw
@@ -413,3 +414,20 @@ def test_samples_do_not_depend_on_their_batches_and_keep_what_is_given(monkeypat
     monkeypatch.setattr(samples, "BATCH", 3)
     assert (draw(model, 10, 2, CATEGORICAL, 2, seed=5) == whole).all()
     assert (draw(model, 10, 2, CATEGORICAL, 2, seed=6) != whole).any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_sigterm_ends_the_runs_too(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launchers.cli", "reproduce", "vmd-table-1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(tmp_path.rglob("config.yaml")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    runs = [int(number) for number in children.read_text().split()]
+    process.terminate()
+    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert runs
+    assert not any(map(is_alive, runs))

@@ -2,11 +2,8 @@
 
 import json
 import shutil
-import signal
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -48,8 +45,7 @@ def run_chaos(
         _try_disk(folder)
     record = Record(_settings(trials, seed, chosen, only))
     numbers = range(1, trials + 1) if only is None else [only]
-    with _sigterm_cleans_up():
-        outcomes = _conduct_all(numbers, seed, chosen, folder)
+    outcomes = _conduct_all(numbers, seed, chosen, folder)
     Console(width=100).print(as_table(outcomes))
     record.write(results(outcomes), json_file)
     return int(any(outcome.problems for outcome in outcomes))
@@ -98,16 +94,6 @@ def _try_disk(folder: Path) -> None:
     with small_disk(folder / "trial-disk" / "run"):
         pass
     shutil.rmtree(folder / "trial-disk")
-
-
-@contextmanager
-def _sigterm_cleans_up() -> Iterator[None]:
-    """Within the context SIGTERM ends this process as an error would, with all that it has started and mounted."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _settings(trials: int, seed: int, kinds: Sequence[str], only: int | None) -> dict[str, object]:
