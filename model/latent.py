@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .config import ModelConfig, PointMlpConfig, recognition_backbone
 from .masks import MaskSpec
 from .point_mlp import SiameseMlp
+from .sequence import SequencePart
 from .transformer import Transformer
 
 
@@ -69,17 +70,30 @@ class Pool(nn.Module):
         super().__init__()
         self.score = nn.Linear(dim, 1, bias=False) if kind == "gated" else None
 
-    def forward(self, hidden_BLD: Tensor, keep_BL: Tensor, num_segments: int) -> Tensor:
-        """[B, S, D] from the positions kept; zeros where a segment keeps none."""
-        hidden_BSRD = hidden_BLD.unflatten(1, (num_segments, -1))
+    def forward(
+        self, hidden_BLD: Tensor, keep_BL: Tensor, num_segments: int, part: SequencePart | None = None
+    ) -> Tensor:
+        """[B, S, D] from the positions kept; zeros where a segment keeps none.
+
+        Args:
+            hidden_BLD: of these and, behind them, of a second stream, which is not pooled; or the part of it all that
+                this process has.
+            part: which part; what the processes pool is added up.
+        """
+        length = keep_BL.shape[1]
         keep_BSR = keep_BL.unflatten(1, (num_segments, -1))
         if self.score is None:
             weight_BSR = keep_BSR / keep_BSR.sum(2, keepdim=True).clamp(min=1)
         else:
-            score_BSR = self.score(hidden_BSRD)[..., 0].float()
+            score_BL = self.score(hidden_BLD)[..., 0].float()
+            score_BL = score_BL if part is None else part.gather(score_BL)
+            score_BSR = score_BL[:, :length].unflatten(1, (num_segments, -1))
             lowest = torch.finfo(score_BSR.dtype).min
             weight_BSR = score_BSR.masked_fill(~keep_BSR, lowest).softmax(2) * keep_BSR
-        return torch.einsum("bsr,bsrd->bsd", weight_BSR.to(hidden_BLD.dtype), hidden_BSRD)
+        weight_BSR = weight_BSR.to(hidden_BLD.dtype)
+        if part is not None:
+            return part.pool(weight_BSR, hidden_BLD)
+        return torch.einsum("bsr,bsrd->bsd", weight_BSR, hidden_BLD[:, :length].unflatten(1, (num_segments, -1)))
 
 
 class Recognition(nn.Module):
@@ -127,9 +141,10 @@ class Recognition(nn.Module):
             condition=condition,
             applies=applies if condition is not None else None,
             positions=positions,
+            gather=False,
         )
         keep_BL = masked_BL if self.settings.pool_over == "masked" else maskable_BL
-        pooled_BSD = self.pool(hidden_BLD[:, : masked_BL.shape[1]], keep_BL, num_segments)
+        pooled_BSD = self.pool(hidden_BLD, keep_BL, num_segments, self.trunk.part)
         gaussian: Gaussian = self.head(pooled_BSD)
         return gaussian
 
@@ -185,8 +200,8 @@ class PartlyMaskedPrior(nn.Module):
         self, x_t: Tensor, mask: MaskSpec, positions: Tensor | None, keep_BL: Tensor, num_segments: int
     ) -> Gaussian:
         """[B, S, d] of the segments of the first stream; `keep_BL` are the positions to pool."""
-        hidden_BLD = self.trunk(x_t, mask=mask, positions=positions)
-        gaussian: Gaussian = self.head(self.pool(hidden_BLD[:, : keep_BL.shape[1]], keep_BL, num_segments))
+        hidden_BLD = self.trunk(x_t, mask=mask, positions=positions, gather=False)
+        gaussian: Gaussian = self.head(self.pool(hidden_BLD, keep_BL, num_segments, self.trunk.part))
         return gaussian
 
 

@@ -1,7 +1,8 @@
 """Rows whose positions several processes divide among them, as a trunk's own business.
 
 A trunk takes its part of the positions on the way in and gathers the others' on the way out, so that everything around
-it sees whole rows: pooling over a row needs no second thought, nor does the choice of rows for the head.
+it sees whole rows, and the choice of rows for the head needs no second thought. Only latents do without: what each
+process pools of its part is added up.
 
 Context parallel: all of a trunk's work is divided, and so are the losses, once more, by masked row. Inside, queries are
 the part's own, keys and values are gathered. Sequence parallel, where processes divide the matrices of a trunk (tensor
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ class SequencePart(Span):
         """[B, P, ...] of every process to [B, L, ...]; gradients that the processes have for a part add up."""
         gathered: Tensor = _Gather.apply(x, self)
         return gathered
+
+    def pool(self, weight_BSR: Tensor, x_BPD: Tensor) -> Tensor:
+        """Weighted sums of the segments of a row, of R positions each [B, S, D], from the part of every process.
+
+        Positions behind the segments, which are a second stream, do not count.
+        """
+        num_segments, length = weight_BSR.shape[1:]
+        span = self.span(self.size * x_BPD.shape[1])
+        first, last = span.start // length, math.ceil(span.stop / length)
+        x_BSRD = F.pad(x_BPD, (0, 0, span.start - first * length, last * length - span.stop)).unflatten(1, (-1, length))
+        behind = max(0, last - num_segments)
+        own_BSD = torch.einsum("bsr,bsrd->bsd", F.pad(weight_BSR, (0, 0, 0, behind))[:, first:last], x_BSRD)
+        own_BSD = F.pad(own_BSD.float(), (0, 0, first, max(0, num_segments - last)))
+        summed: Tensor = _AddUp.apply(own_BSD[:, :num_segments], self)
+        return summed.to(x_BPD.dtype)
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,24 @@ class _Gather(torch.autograd.Function):
         own = whole.new_empty(whole.shape[0] // ctx.part.size, *whole.shape[1:])
         dist.reduce_scatter_tensor(own, whole, group=ctx.part.group)
         return own.transpose(0, 1), None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: SequencePart) -> Tensor:
+        ctx.part = part
+        return _sum(x, part.group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _sum(gradient, ctx.part.group), None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    summed = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed
 
 
 class _Split(torch.autograd.Function):

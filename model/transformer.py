@@ -56,6 +56,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         dropout: Stream | None = None,
+        gather: bool = True,
     ) -> Tensor:
         """Hidden states [B, L, D], normalised and ready for `logits`.
 
@@ -69,6 +70,7 @@ class Transformer(nn.Module):
             cache: keys and values of earlier positions; this call's are appended unless it is frozen.
             positions: positions within the document [B or 1, L]; default: counted on from the cache.
             dropout: the stream to draw dropout from; None in evaluation.
+            gather: whether processes that divide the positions all get all of them, or each its part [B, P, D].
         """
         x_BLD = x_t if x_t.is_floating_point() else self.embed(x_t)
         if hint is not None:
@@ -99,7 +101,7 @@ class Transformer(nn.Module):
         hidden_BLD = self._final_norm(x_BLD, condition_BSC, applies)
         if self.shard is not None:
             hidden_BLD = self.shard.join(hidden_BLD)
-        return hidden_BLD if self.part is None else self.part.gather(hidden_BLD)
+        return self.part.gather(hidden_BLD) if self.part is not None and gather else hidden_BLD
 
     def _dropout_streams(self, dropout: Stream | None, layer: int) -> tuple[Stream | None, Stream | None]:
         """Of the two sublayers of a block."""
