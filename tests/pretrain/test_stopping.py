@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from pretrain.parallel.mesh import Axis, single_process
 from pretrain.train import train
 from pretrain.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., RunConfig]
 Trace = dict[int, dict[str, Any]]
 SETTINGS = ("train.micro_batch_tokens=256",)
@@ -117,6 +121,34 @@ def test_a_signal_before_the_first_step_keeps_it_from_starting(
     assert events(config.path) == [("start", 0), ("checkpoint", 0), ("stop", 0)]
     assert train(config) is Ending.FINISHED
     assert trace(config.path) == trace(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_model_is_compiled_ends_after_the_first_step(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    write_config: Callable[[RunConfig, Path], Path],
+    trace: Callable[[Path], Trace],
+) -> None:
+    small = "model.backbone.num_layers=1"
+    config = make_config(tmp_path / "run", small, "train.compile=true")
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "pretrain.train", str(write_config(config, tmp_path / "run.yaml"))]
+    process = subprocess.Popen(command, env=environment)
+    while not list(cache.rglob("*.cpp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == Ending.SAVED
+    assert events(config.path) == [("start", 0), ("checkpoint", 1), ("stop", 1)]
+    assert load_for_evaluation(config.path).state.step == 1
+    assert subprocess.run(command, env=environment).returncode == Ending.FINISHED
+    train(make_config(tmp_path / "plain", small))
+    compiled, plain = trace(config.path), trace(tmp_path / "plain")
+    assert compiled.keys() == plain.keys()
+    for step, line in plain.items():
+        assert compiled[step]["train.loss"] == pytest.approx(line["train.loss"], rel=1e-4), step
 
 
 def test_a_run_stops_when_its_time_is_up(tmp_path: Path, make_config: MakeConfig) -> None:
