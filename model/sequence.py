@@ -108,7 +108,7 @@ def _all_parts(x: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
     """[B, P, ...] of every process to [B, L, ...]."""
     moved = x.transpose(0, 1).contiguous()
     whole = moved.new_empty(size * moved.shape[0], *moved.shape[1:])
-    dist.all_gather_into_tensor(whole, moved, group=group)
+    dist.all_gather_single(whole, moved, group=group)
     return whole.transpose(0, 1)
 
 
@@ -123,7 +123,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         whole = gradient.transpose(0, 1).contiguous()
         own = whole.new_empty(whole.shape[0] // ctx.part.size, *whole.shape[1:])
-        dist.reduce_scatter_tensor(own, whole, group=ctx.part.group)
+        dist.reduce_scatter_single(own, whole, group=ctx.part.group)
         return own.transpose(0, 1), None
 
 
