@@ -30,6 +30,7 @@ class LatentReport:
     mutual_information: float
 
 
+@torch.no_grad()
 def posterior_sums(posterior: Gaussian, z_Nd: Tensor, kl_N: Tensor) -> Tensor:
     """Sums over segments [4 + 2 d] from which `latent_report` follows; they add up over micro-batches and ranks."""
     mean_Nd = posterior.mean.double()

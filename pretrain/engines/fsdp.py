@@ -1,6 +1,7 @@
 """FSDP2: parameters, gradients and optimizer state sharded; where there is nothing to shard, a plain module."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import torch
@@ -109,6 +110,9 @@ class FsdpEngine(ModuleEngine):
 
 def _shard(model: nn.Module, devices: DeviceMesh, precision: str, *, offload: bool) -> None:
     """Shards every unit of the layout and then the rest; sums of gradients, no division."""
+    warnings.filterwarnings(
+        "ignore", message=r"FSDP2-wrapped module .* returned a view"
+    )  # nobody changes it
     compute = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units = [module for name, module in model.named_modules() if re.fullmatch(SHARDING_UNITS, name)]
