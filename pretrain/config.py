@@ -63,6 +63,8 @@ class TrainConfig(Settings):
     """Weight of a latent's KL at the end of its annealing (1 is VADD's DELBO)."""
     kl_anneal_steps: int = 0
     """Steps over which that weight grows linearly from 0; without annealing a latent tends to collapse."""
+    kl_hold_steps: int = 0
+    """Steps before that, at its first step's weight: where much is hidden, a latent is first used, then made cheap."""
     attention_anneal: Literal["at_once", "bernoulli", "window"] = "at_once"
     """How the attention of causal weights opens: to everything, to later positions by chance, or nearest first."""
     attention_anneal_steps: int = 0
@@ -221,6 +223,11 @@ class RunConfig(Settings):
             yield f"train.micro_batch_tokens={micro} is not a positive multiple of data.length={length}"
         yield from self._freeze_problems()
         yield from self._annealing_problems()
+        if train.kl_hold_steps > 0 and not train.kl_anneal_steps:
+            yield (
+                f"train.kl_hold_steps={train.kl_hold_steps} has no use with train.kl_anneal_steps=0: set both, or "
+                "leave it out"
+            )
         if not 0 <= train.ema_decay < 1:
             yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
         if 0 < train.spike_factor <= 1:
@@ -241,6 +248,7 @@ class RunConfig(Settings):
             ("train.clip_norm", train.clip_norm, 1e-12),
             ("train.kl_weight", train.kl_weight, 0),
             ("train.kl_anneal_steps", train.kl_anneal_steps, 0),
+            ("train.kl_hold_steps", train.kl_hold_steps, 0),
             ("train.attention_anneal_steps", train.attention_anneal_steps, 0),
             ("train.spike_factor", train.spike_factor, 0),
             ("train.time_limit_minutes", train.time_limit_minutes, 0),

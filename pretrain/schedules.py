@@ -30,7 +30,8 @@ def step_schedule(position: int, config: RunConfig, passed_over: int = 0) -> Ste
     passed_over: batches before it that no step takes.
     """
     step, train = position - passed_over, config.train
-    annealed = min(1.0, (step + 1) / train.kl_anneal_steps) if train.kl_anneal_steps else 1.0
+    risen = max(1, step + 1 - train.kl_hold_steps)
+    annealed = min(1.0, risen / train.kl_anneal_steps) if train.kl_anneal_steps else 1.0
     logged = (step + 1) % config.log.every == 0 or step + 1 == train.steps
     return StepSchedule(train.kl_weight * annealed, attention_annealing(step, config), logged)
 

@@ -110,9 +110,7 @@ class FsdpEngine(ModuleEngine):
 
 def _shard(model: nn.Module, devices: DeviceMesh, precision: str, *, offload: bool) -> None:
     """Shards every unit of the layout and then the rest; sums of gradients, no division."""
-    warnings.filterwarnings(
-        "ignore", message=r"FSDP2-wrapped module .* returned a view"
-    )  # nobody changes it
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")  # nobody changes it
     compute = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units = [module for name, module in model.named_modules() if re.fullmatch(SHARDING_UNITS, name)]

@@ -20,7 +20,8 @@ class CollapseWarning(Hook):
 
     def on_log(self, record: StepRecord) -> None:
         """Counts the silent lines."""
-        if record.latent is None or record.step <= self.train.kl_anneal_steps or self.silent_lines >= PATIENCE:
+        annealed = self.train.kl_hold_steps + self.train.kl_anneal_steps
+        if record.latent is None or record.step <= annealed or self.silent_lines >= PATIENCE:
             return
         self.silent_lines = self.silent_lines + 1 if record.latent.kl < SILENT_KL else 0
         if self.silent_lines == PATIENCE:
@@ -29,7 +30,8 @@ class CollapseWarning(Hook):
     def _warn(self, step: int, kl: float) -> None:
         text = (
             f"penumbra: the latents say almost nothing (KL {kl:.3f} nats at step {step}, under {SILENT_KL} for "
-            f"{PATIENCE} log lines): try a longer train.kl_anneal_steps (now {self.train.kl_anneal_steps}), a lower "
-            f"train.kl_weight (now {self.train.kl_weight:g}), or a smaller model.backbone"
+            f"{PATIENCE} log lines): try a longer train.kl_anneal_steps (now {self.train.kl_anneal_steps}), "
+            f"train.kl_hold_steps before it (now {self.train.kl_hold_steps}), a lower train.kl_weight (now "
+            f"{self.train.kl_weight:g}), or a smaller model.backbone"
         )
         print(f"\r\x1b[2K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

@@ -172,6 +172,12 @@ def test_a_frozen_projection_that_passes_no_hint_is_refused() -> None:
     assert validate(SMALL, ["model.augmentation.fusion=add", concat[1]]).train.freeze
 
 
+def test_a_weight_that_does_not_rise_is_not_held() -> None:
+    assert "train.kl_hold_steps=5 has no use with train.kl_anneal_steps=0" in problem("train.kl_hold_steps=5")
+    assert "train.kl_hold_steps=-1 must be at least 0" in problem("train.kl_hold_steps=-1")
+    assert validate(SMALL, ["train.kl_hold_steps=5", "train.kl_anneal_steps=9"]).train.kl_hold_steps == 5
+
+
 def test_positions_that_do_not_divide_are_refused() -> None:
     length = ("data.length=30", "train.batch_tokens=300")
     axes = ("parallel.tensor=2", "parallel.context=2")

@@ -131,6 +131,7 @@ def test_a_silent_latent_is_named_once_after_its_annealing(capsys: pytest.Captur
     silent: list[float | None] = [0.01] * 40
     assert said_at(silent, capsys) == [10 * PATIENCE]
     assert said_at(silent, capsys, kl_anneal_steps=100) == [100 + 10 * PATIENCE]
+    assert said_at(silent, capsys, kl_anneal_steps=100, kl_hold_steps=50) == [150 + 10 * PATIENCE]
     assert said_at([0.0499] * 40, capsys) == [10 * PATIENCE]
     assert said_at([0.051] * 40, capsys) == []
     assert said_at([*silent[: PATIENCE - 1], 2.0, *silent], capsys) == [20 * PATIENCE]

@@ -63,6 +63,9 @@ def test_the_kl_weight_grows_linearly_and_stays(tmp_path: Path, make_config: Cal
     config = make_config(tmp_path, "train.kl_weight=4", "train.kl_anneal_steps=8", "train.steps=20")
     weights = [step_schedule(step, config).kl_weight for step in range(20)]
     assert weights == pytest.approx([0.5 * n for n in range(1, 9)] + [4.0] * 12)
+    held = make_config(tmp_path, "train.kl_weight=4", "train.kl_anneal_steps=8", "train.kl_hold_steps=5")
+    weights = [step_schedule(step, held).kl_weight for step in range(20)]
+    assert weights == pytest.approx([0.5] * 5 + [0.5 * n for n in range(1, 9)] + [4.0] * 7)
     plain = make_config(tmp_path, "train.kl_weight=0.25")
     assert {step_schedule(step, plain).kl_weight for step in range(12)} == {0.25}
 
