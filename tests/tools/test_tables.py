@@ -318,4 +318,4 @@ def test_a_matched_control_is_at_least_as_large_as_the_model_with_its_latent(bud
                 control, model = (build(each.recipe, each.overrides).model for each in (job, latent))
                 assert 1.0 <= num_parameters(control) / num_parameters(model) < 1.3, name
                 found += 1
-    assert found > 15
+    assert found >= 15
