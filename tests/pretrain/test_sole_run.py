@@ -31,6 +31,11 @@ with sole_run(Path(sys.argv[1]), single_process().world):
 """
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.sole_run.PATIENCE", 0.3)
+
+
 @contextmanager
 def another_run(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """A process that holds the folder, and a worker that it has forked, which outlives it."""
@@ -45,30 +50,33 @@ def another_run(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", int]]:
         os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_second_run_is_refused_and_the_first_is_named(tmp_path: Path) -> None:
     with (
         another_run(tmp_path) as (other, _),
         pytest.raises(ValueError, match=rf"^process {other.pid} on \S+ trains in {tmp_path}: wait for it, stop it"),
-        sole_run(tmp_path, WORLD, patience=0.3),
+        sole_run(tmp_path, WORLD),
     ):
         pass
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_run_that_was_killed_lets_go_though_its_workers_live(tmp_path: Path) -> None:
     with another_run(tmp_path) as (other, worker):
         other.kill()
         other.wait()
-        with sole_run(tmp_path, WORLD, patience=0.0):
+        with sole_run(tmp_path, WORLD):
             assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
             os.kill(worker, 0)
 
 
-def test_one_that_is_ending_is_waited_for(tmp_path: Path) -> None:
+def test_one_that_is_ending_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with another_run(tmp_path) as (other, _):
         subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])
         began = time.monotonic()
-        with sole_run(tmp_path, WORLD, patience=60.0):
+        with sole_run(tmp_path, WORLD):
             assert time.monotonic() - began > 0.3
+    assert f"process {other.pid} on " in capsys.readouterr().err
 
 
 def test_where_there_are_no_locks_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +88,7 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path: Path, monkeypatch: p
         assert (tmp_path / "run").is_dir()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_training_is_refused_before_anything_is_written(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
     with another_run(tmp_path) as (other, _):
         with pytest.raises(ValueError, match=f"^process {other.pid} on "):
