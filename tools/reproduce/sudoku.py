@@ -36,15 +36,19 @@ DEPTH = {4: (4, 2), 6: (4, 3)}
 def _jobs(budget: Budget) -> dict[str, Job]:
     return {
         f"{setting}.{system}": job
-        for setting, (size, family, recipe) in SETTINGS.items()
+        for setting, (size, *_) in SETTINGS.items()
         if size in STEPS[budget]
-        for system, job in _jobs_of(setting, recipe, size, budget, many=family == "few_clues").items()
+        for system, job in jobs_of(setting, budget).items()
     }
 
 
-def _jobs_of(setting: str, recipe: str, size: int, budget: Budget, *, many: bool) -> dict[str, Job]:
-    """Where there is one solution, VMD's decoder starts from MDM's weights (E.5) and trains half as long again."""
-    decoder, encoder = DEPTH[size]
+def jobs_of(setting: str, budget: Budget) -> dict[str, Job]:
+    """The runs of a setting by system.
+
+    Where there is one solution, VMD's decoder starts from MDM's weights (E.5) and trains half as long again.
+    """
+    size, family, recipe = SETTINGS[setting]
+    many, (decoder, encoder) = family == "few_clues", DEPTH[size]
     steps, longer = STEPS[budget][size], LONGER[budget]
     shared: tuple[str, ...] = (
         f"train.batch_tokens={ROWS[budget][size] * size**2}",

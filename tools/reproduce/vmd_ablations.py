@@ -15,6 +15,7 @@ from eval.synthetic import accuracy, mean_kl
 
 from .figures import Bar, bars_against_paper, lines
 from .samples import ARGMAX, CATEGORICAL, complete, draw
+from .sudoku import jobs_of as sudoku_jobs
 from .table import Budget, Reproduction, Results
 from .training import Job, Runs
 from .vmd_pairs import SAMPLES, SET, jobs_of
@@ -42,9 +43,7 @@ SYSTEMS: dict[str, tuple[str, LatentPolicy]] = {
 }
 """The run that a system samples from, and where its z comes from after the first step."""
 
-PUZZLES, CALLS = 2000, (2, 5, 10)
-SUDOKU_STEPS = {"quick": 1000, "full": 6000}
-SUDOKU_ROWS = {"quick": 128, "full": 256}
+SUDOKU, PUZZLES, CALLS = "sudoku4", 2000, (2, 5, 10)
 ORDERS: dict[str, OrderName] = {"sudoku4": "top_probability", "sudoku4_margin": "margin"}
 SUDOKU_SYSTEMS: dict[str, LatentPolicy] = {
     "mdm": "kept",
@@ -66,7 +65,8 @@ NAMES = {
 
 
 def _jobs(budget: Budget) -> dict[str, Job]:
-    jobs = _sudoku_jobs(budget)
+    sudoku = sudoku_jobs(SUDOKU, budget)
+    jobs = {f"{SUDOKU}.{system}": sudoku[system] for system in ("mdm", "vmd")}
     for data in DATA[budget]:
         for blocks in BLOCKS:
             jobs |= _quadruple_jobs(data, blocks, budget)
@@ -87,15 +87,6 @@ def _quadruple_jobs(data: str, blocks: str, budget: Budget) -> dict[str, Job]:
         if blocks == "b2" or name != "vmd_earlier_blocks"
     }
     return {name: plain[name] for name in (mdm, vmd)} | changed
-
-
-def _sudoku_jobs(budget: Budget) -> dict[str, Job]:
-    steps, tokens = SUDOKU_STEPS[budget], 16 * SUDOKU_ROWS[budget]
-    shared = (f"train.steps={steps}", f"train.batch_tokens={tokens}", "train.ema_decay=0.995")
-    return {
-        "sudoku4.mdm": Job("sudoku4_few_mdm", shared),
-        "sudoku4.vmd": Job("sudoku4_few_vmd", (*shared, f"train.kl_anneal_steps={steps * 3 // 10}")),
-    }
 
 
 def _measure(runs: Runs, seed: int) -> Results:
