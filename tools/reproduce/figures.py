@@ -316,12 +316,17 @@ def _beside(axes: "Axes", row: float, points: float, text: str, **style: Any) ->
     )
 
 
+def _number(value: float, form: str) -> str:
+    """In a form of few digits, and large ones without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:{form}}".rstrip(".")
+
+
 def _bar(axes: "Axes", row: float, bar: Bar, start: float, colour: str) -> None:
     axes.barh(row, max(bar.value - start, 0.0), left=start, height=0.78, color=colour)
-    measured = f"{bar.value:#.3g}".rstrip(".")
+    measured = _number(bar.value, "#.3g")
     if bar.error is not None:
         axes.errorbar(bar.value, row, xerr=bar.error, color=INK, linewidth=1)
-        measured += f" \N{PLUS-MINUS SIGN} {bar.error:.2g}"
+        measured += f" \N{PLUS-MINUS SIGN} {_number(bar.error, '.2g')}"
     _beside(axes, row, 85, measured, color=colour, weight="bold")
     if bar.paper is not None:
         axes.plot(bar.paper, row, "D", color="white", markeredgecolor=INK, markersize=4.5, clip_on=False)
