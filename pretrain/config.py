@@ -223,11 +223,6 @@ class RunConfig(Settings):
             yield f"train.micro_batch_tokens={micro} is not a positive multiple of data.length={length}"
         yield from self._freeze_problems()
         yield from self._annealing_problems()
-        if train.kl_hold_steps > 0 and not train.kl_anneal_steps:
-            yield (
-                f"train.kl_hold_steps={train.kl_hold_steps} has no use with train.kl_anneal_steps=0: set both, or "
-                "leave it out"
-            )
         if not 0 <= train.ema_decay < 1:
             yield f"train.ema_decay={train.ema_decay} must lie in [0, 1); 0 turns it off"
         if 0 < train.spike_factor <= 1:
@@ -294,8 +289,13 @@ class RunConfig(Settings):
             )
 
     def _annealing_problems(self) -> Iterator[str]:
-        """Attention that can not open by and by."""
+        """A weight that is held and never rises; attention that can not open by and by."""
         train, model = self.train, self.model
+        if train.kl_hold_steps > 0 and not train.kl_anneal_steps:
+            yield (
+                f"train.kl_hold_steps={train.kl_hold_steps} has no use with train.kl_anneal_steps=0: set both, or "
+                "leave it out"
+            )
         name = f"train.attention_anneal={train.attention_anneal}"
         if train.attention_anneal == "at_once":
             if train.attention_anneal_steps:
