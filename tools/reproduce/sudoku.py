@@ -22,10 +22,10 @@ SYSTEMS = ("mdm", "vmd", "mdm_matched")
 CALLS = (1, 2, 3, 4, 5, 10)
 PUZZLES = 2000
 ROWS = {"quick": {4: 128}, "full": {4: 256, 6: 64}}
-STEPS = {"quick": {4: 1000}, "full": {4: 4000, 6: 4000}}
+STEPS = {"quick": {4: 1000}, "full": {4: 4000, 6: 3000}}
 HELD, ANNEALED, AFTER = 800, 1300, 500
 """Steps of a latent for many solutions: its KL costs almost nothing, then more and more, then all."""
-LONGER = {"quick": 1, "full": 2}
+LONGER = {"quick": {4: 1.0}, "full": {4: 2.0, 6: 1.5}}
 POWER = 0.3
 """Of the schedule where there are many solutions: times are drawn nearer to 1, where latents have something to say."""
 LATENT_DIM = 32
@@ -49,7 +49,7 @@ def jobs_of(setting: str, budget: Budget) -> dict[str, Job]:
     """
     size, family, recipe = SETTINGS[setting]
     many, (decoder, encoder) = family == "few_clues", DEPTH[size]
-    steps, longer = STEPS[budget][size], LONGER[budget]
+    steps, longer = STEPS[budget][size], LONGER[budget][size]
     shared: tuple[str, ...] = (
         f"train.batch_tokens={ROWS[budget][size] * size**2}",
         "train.ema_decay=0.995",
@@ -59,9 +59,9 @@ def jobs_of(setting: str, budget: Budget) -> dict[str, Job]:
     if many:
         shared = (*shared, "model.schedule.kind=polynomial", f"model.schedule.power={POWER}")
         latent: tuple[str, ...] = (
-            f"train.steps={longer * (HELD + ANNEALED + AFTER)}",
-            f"train.kl_hold_steps={longer * HELD}",
-            f"train.kl_anneal_steps={longer * ANNEALED}",
+            f"train.steps={round(longer * (HELD + ANNEALED + AFTER))}",
+            f"train.kl_hold_steps={round(longer * HELD)}",
+            f"train.kl_anneal_steps={round(longer * ANNEALED)}",
         )
     else:
         latent = (f"train.steps={steps // 2}", f"train.kl_anneal_steps={steps // 4}")
