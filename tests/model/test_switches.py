@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eval.sampling.loop import Policies, sample
+from eval.sampling.state import SamplerState
 from model.batch import Batch
 from model.collapse import posterior_sums
 from model.config import (
@@ -84,6 +86,21 @@ def test_every_combination_trains_every_parameter(build: Build, make_batch: Make
             assert parameter.grad.any() or may_be_still(config, name), (config, name)
         count += 1
     assert count == 3 * (1 + 16) * 5 + 2 * 8 * 5
+
+
+def test_every_combination_samples_the_same_in_any_batch(build: Build) -> None:
+    prompt = torch.arange(2 * LENGTH).reshape(2, LENGTH) % SYMBOLS
+    hidden = torch.ones_like(prompt, dtype=torch.bool)
+    hidden[:, 0], hidden[1, 3] = False, False
+    for config in itertools.islice(combinations(), 0, None, 2):
+        model = build(config).eval()
+        policies = Policies(latent="kept" if config.latent is None else "redrawn")
+        both = SamplerState.start(prompt, hidden, mask_id=MASK, seed=3)
+        alone = SamplerState.start(prompt[1:], hidden[1:], mask_id=MASK, seed=3, first_index=1)
+        written = sample(model, both, policies, steps=3).tokens_BL
+        assert (written < SYMBOLS).all()
+        assert torch.equal(written[~hidden], prompt[~hidden])
+        assert torch.equal(written[1:], sample(model, alone, policies, steps=3).tokens_BL), config
 
 
 def test_every_combination_bears_a_batch_without_masks(build: Build, make_batch: MakeBatch) -> None:

@@ -196,6 +196,9 @@ def test_numbers_page_and_figure_are_written_whole(history: History) -> None:
     assert settings["runs"]["pairs.vmd"] == {"recipe": VMD.recipe, "overrides": [*VMD.overrides], "after": "pairs.mdm"}
     assert (settings["paper"], settings["notes"]) == (SMALL_TABLE.paper, ["A note."])
     assert history.record["seconds"] > settings["training_seconds"]["pairs.vmd"]
+    assert settings["training_commits"]["pairs.mdm"] == settings["training_commits"]["pairs.vmd"] != []
+    assert settings["latents"].keys() == {"pairs.vmd"}
+    assert settings["latents"]["pairs.vmd"].keys() == {"kl", "active_units", "mutual_information"}
     assert settings["training_seconds"] == {name: round(Runs(history.runs).seconds(name)) for name in runs}
 
     shown = f"{results['pairs.one_step.mdm.accuracy']:.4g} (0.1018)"

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from eval.sampling.hints import HintPolicy
 from eval.sampling.loop import Policies, sample
@@ -54,7 +55,7 @@ SETTINGS = {
     "block_size": SHAPE.block_size,
     "precision": "fp32",
     "training": "a whole step with fused AdamW; the recognition network is as deep as the denoiser, vmd's half as deep",
-    "mib": "peak of a step above weights and optimizer state",
+    "mib": "peak of a training step above weights and optimizer state, or of a sampling loop above weights",
     "sampling": f"{SAMPLING_STEPS} network calls on half-masked rows, categorical draws in fp64, latents drawn anew",
     "ratio_to": "the same DiT as MDLM, just before and after; of_flop_ratio is tokens_per_second_ratio x flop_ratio",
 }
@@ -173,6 +174,13 @@ def _sampling(repeats: int, shape: Shape) -> dict[str, float]:
         **{f"k{k}": _sampler(configs["cadd"], shape, Policies(hints=HintPolicy(num_hints=k))) for k in range(1, 5)},
     }
     results = _against_the_first(samplers, shape.num_samples * shape.length * SAMPLING_STEPS, repeats)
+    flops = {name: _counted_flops(sampler) for name, sampler in samplers.items()}
+    memory = {name: peak_extra_bytes(sampler) for name, sampler in samplers.items()}
+    for name in samplers:
+        results |= {f"{name}.gflop": flops[name] / 1e9, f"{name}.mib": memory[name] / 2**20}
+    for name in list(samplers)[1:]:
+        results[f"{name}.flop_ratio"] = flops[name] / flops["mdlm"]
+        results[f"{name}.memory_ratio"] = memory[name] / memory["mdlm"]
     speed = {k: results[f"k{k}.tokens_per_second_ratio"] for k in range(1, 5)}
     return results | {f"k{k}.of_k1_ratio": k * speed[k] / speed[1] for k in range(2, 5)}
 
@@ -182,6 +190,13 @@ def _sampler(config: ModelConfig, shape: Shape, policies: Policies) -> Callable[
     tokens_BL = shape.tokens_BL[: shape.num_samples]
     state = SamplerState.start(tokens_BL, tokens_BL % 2 == 0, mask_id=config.mask_id, seed=0)
     return partial(sample, MaskedDiffusion(config).eval(), state, policies, SAMPLING_STEPS)
+
+
+def _counted_flops(function: Callable[[], object]) -> int:
+    """FLOPs of the matrix products and of attention in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
 
 
 def _against_the_first(sides: Mapping[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:

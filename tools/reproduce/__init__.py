@@ -65,6 +65,8 @@ def reproduce(name: str, budget: Budget, *, seeds: int, out: Path | None, json_f
             "seeds": seeds,
             "training_seconds": {job: round(all_runs[0].seconds(job)) for job in jobs},
             "training_processor_seconds": {job: round(all_runs[0].seconds(job, "processor_seconds")) for job in jobs},
+            "training_commits": {job: all_runs[0].commits(job) for job in jobs},
+            "latents": {job: found for job in jobs if (found := all_runs[0].latent(job))},
             "runs": {job: asdict(spec) for job, spec in jobs.items()},
             "paper": dict(table.paper),
             "notes": list(table.notes),

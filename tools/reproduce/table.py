@@ -38,7 +38,7 @@ class Reproduction:
     measure: Callable[[Runs, int], Results]
     draw: Callable[[Runs, Results, Path], None]
     paper: Mapping[str, float]
-    compare: Sequence[tuple[str, str]] = (("vmd", "mdm"),)
+    compare: Sequence[tuple[str, str]] = (("vmd", "mdm"), ("vmd", "mdm_matched"))
     notes: Sequence[str] = field(default_factory=tuple)
     examples: Callable[[Runs], Sequence[str]] = lambda runs: ()
 

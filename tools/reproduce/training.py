@@ -57,6 +57,16 @@ class Runs:
             self.loaded[name] = load_for_evaluation(self.folder / name, device=torch.device("cpu"))
         return self.loaded[name]
 
+    def commits(self, name: str) -> list[str]:
+        """The commits that a run was trained at, one for each time it was started or resumed."""
+        events = read_metrics(self.folder / name / "metrics.jsonl")
+        return list(dict.fromkeys(event["commit"] for event in events if "commit" in event))
+
+    def latent(self, name: str) -> dict[str, float]:
+        """What the latent of a run does in its last logged step: KL, active units, mutual information; or nothing."""
+        with_latent = [r for r in read_metrics(self.folder / name / "metrics.jsonl") if "kl" in r]
+        return {key: r[key] for r in with_latent[-1:] for key in ("kl", "active_units", "mutual_information")}
+
     def seconds(self, name: str, clock: Literal["seconds", "processor_seconds"] = "seconds") -> float:
         """Training time of a run over all of its processes, by the clock on the wall or the processor's own.
 

@@ -164,7 +164,7 @@ TABLE_1 = Reproduction(
     measure=_measure,
     draw=_draw,
     paper=PAPER,
-    compare=(("vadd", "mdlm"),),
+    compare=(("vadd", "mdlm"), ("vadd", "mdlm_matched")),
     notes=(
         "js_T is what the paper calls JS: (KL(p, q) + KL(q, p)) / 2 on 100 x 100 histograms of 100,000 samples, 1e-6 "
         "added to each cell; the row `data` is the floor, two samples of the data themselves.",
