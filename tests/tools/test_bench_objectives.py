@@ -66,6 +66,10 @@ def test_ratios_follow_from_times_and_counted_operations() -> None:
     assert results["objectives.sampling.mdlm.tokens_per_second"] == tokens * SAMPLING_STEPS
     assert results["objectives.sampling.latent.tokens_per_second_ratio"] == 0.25
     assert [results[f"objectives.sampling.k{k}.of_k1_ratio"] for k in (2, 3, 4)] == [2, 3, 4]
+    plain, *hinted = (results[f"objectives.sampling.{name}.gflop"] for name in ("mdlm", "k1", "k2", "k3", "k4"))
+    assert hinted[0] == pytest.approx(plain, rel=0.1)  # and the product with the embeddings, for the next hint
+    assert [flops / hinted[0] for flops in hinted[1:]] == pytest.approx([2, 3, 4], rel=0.01)
+    assert results["objectives.sampling.latent.flop_ratio"] == pytest.approx(1.0, rel=0.1)
     assert TARGETS.keys() <= results.keys()
 
 
