@@ -171,6 +171,8 @@ TABLE_1 = Reproduction(
         f"Bounds are nats per point on fresh points. delbo is not a bound: its optimum is {_listed(OPTIMUM)}; "
         f"nelbo and nelbo_steps can not undercut the entropy, {_listed(ENTROPY)}.",
         f"Networks are {WIDTH} wide where the paper's have 512, and train in bf16 for fewer steps, "
-        f"with batches of {ROWS}.",
+        f"with batches of {ROWS}: MDLM and the control {STEPS['quick'][0]:,} (quick) or {STEPS['full'][0]:,} (full), "
+        f"VADD {STEPS['quick'][1]:,} or {STEPS['full'][1]:,}. In one step the former are held by independence, in "
+        "five they would gain from more.",
     ),
 )

@@ -34,6 +34,11 @@ SMALL = (
 BATCH = {"quick": ("train.batch_tokens=2000",), "full": ("train.batch_tokens=4000",)}
 BASELINE_STEPS = {"quick": 400, "full": 1000}
 LATENT_STEPS = {"quick": 1200, "full": 5000}
+LENGTHS_OF_TRAINING = (
+    f"Systems without a latent train {BASELINE_STEPS['quick']} steps (quick) or {BASELINE_STEPS['full']} (full), those "
+    f"with one {LATENT_STEPS['quick']} or {LATENT_STEPS['full']}. In one step the former are held by the independence "
+    "of their tokens, not by their training; token by token they would gain from more."
+)
 
 
 def jobs_of(recipe: str, prefix: str, budget: Budget, *extra: str) -> dict[str, Job]:
@@ -114,6 +119,7 @@ TABLE_1 = Reproduction(
     notes=(
         "Networks are smaller than the paper's (2 blocks instead of 8, encoder 1 instead of 2), batches are 1,000 "
         "(quick) or 2,000 (full) instead of 10,000; the KL weight ends at 1 (docs/errata.md).",
+        LENGTHS_OF_TRAINING,
         "MDM draws categorically and VMD takes the argmax given z, as in the paper; the other choice has a suffix.",
         "Token by token, the order of top probability is a ranking: of two drawn tokens the one that the model finds "
         "slightly more probable comes first, so slight errors of MDM show in its KL; `random_order` has none of that.",
@@ -171,6 +177,7 @@ FIGURE_2 = Reproduction(
     draw=_draw_strengths,
     paper={},
     notes=(
+        LENGTHS_OF_TRAINING,
         "Both systems draw categorically (with p < 1 the second token is random given the first); the argmax given z "
         "has a suffix. The paper prints Figure 2 without numbers.",
     ),
