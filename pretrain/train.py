@@ -98,7 +98,7 @@ def make_hooks(config: RunConfig, num_parameters: int, world_size: int) -> list[
         ProgressLine(config.name, config.train.steps),
     ]
     if config.model.latent is not None:
-        hooks.append(CollapseWarning(config.train))
+        hooks.append(CollapseWarning(config.train, warmup_steps=config.optim.warmup_steps))
     if config.log.wandb_project:
         hooks.append(WandbRun(config, {"parameters": num_parameters}))
     if config.log.tensorboard:

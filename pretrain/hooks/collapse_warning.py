@@ -12,16 +12,16 @@ PATIENCE = 10
 
 
 class CollapseWarning(Hook):
-    """Prints one sentence on stderr when the KL of the latents stays near 0 after its annealing is over."""
+    """Prints one sentence on stderr when the KL of the latents stays near 0 after annealing and warm-up are over."""
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, *, warmup_steps: int = 0) -> None:
         self.train = train
+        self.begin = max(train.kl_hold_steps + train.kl_anneal_steps, warmup_steps)
         self.silent_lines = 0
 
     def on_log(self, record: StepRecord) -> None:
         """Counts the silent lines."""
-        annealed = self.train.kl_hold_steps + self.train.kl_anneal_steps
-        if record.latent is None or record.step <= annealed or self.silent_lines >= PATIENCE:
+        if record.latent is None or record.step <= self.begin or self.silent_lines >= PATIENCE:
             return
         self.silent_lines = self.silent_lines + 1 if record.latent.kl < SILENT_KL else 0
         if self.silent_lines == PATIENCE:

@@ -117,9 +117,12 @@ def line(step: int, kl: float | None) -> StepRecord:
     return StepRecord(step, 1.0, 1.0, 1.0, 1e-3, 0, 0, 1.0, None, latent)
 
 
-def said_at(kls: list[float | None], capsys: pytest.CaptureFixture[str], **settings: float) -> list[int]:
+def said_at(
+    kls: list[float | None], capsys: pytest.CaptureFixture[str], warmup_steps: int = 0, **settings: float
+) -> list[int]:
     """The steps, ten apart, after which something was printed."""
-    hook, steps = CollapseWarning(TrainConfig(**settings)), []  # type: ignore[arg-type]
+    hook = CollapseWarning(TrainConfig(**settings), warmup_steps=warmup_steps)  # type: ignore[arg-type]
+    steps = []
     for number, kl in enumerate(kls, start=1):
         hook.on_log(line(10 * number, kl))
         if capsys.readouterr().err:
@@ -132,6 +135,8 @@ def test_a_silent_latent_is_named_once_after_its_annealing(capsys: pytest.Captur
     assert said_at(silent, capsys) == [10 * PATIENCE]
     assert said_at(silent, capsys, kl_anneal_steps=100) == [100 + 10 * PATIENCE]
     assert said_at(silent, capsys, kl_anneal_steps=100, kl_hold_steps=50) == [150 + 10 * PATIENCE]
+    assert said_at(silent, capsys, warmup_steps=70) == [70 + 10 * PATIENCE]
+    assert said_at(silent, capsys, warmup_steps=70, kl_anneal_steps=100) == [100 + 10 * PATIENCE]
     assert said_at([0.0499] * 40, capsys) == [10 * PATIENCE]
     assert said_at([0.051] * 40, capsys) == []
     assert said_at([*silent[: PATIENCE - 1], 2.0, *silent], capsys) == [20 * PATIENCE]
