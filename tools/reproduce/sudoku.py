@@ -112,9 +112,10 @@ SUDOKU_SMALL = Reproduction(
         "Scored by validity: every row, column and box right and all clues kept. 2,000 held-out puzzles a cell.",
         "Both systems take the most probable token and reveal the most certain cells first (Algorithm 2); categorical "
         "draws have a suffix. The paper has 9 x 9 grids with one solution.",
-        "Many solutions: with the KL weighted linearly from the start the latent falls silent and VMD is MDM; held at "
-        "almost nothing until the latent tells the whole grid, and raised then, it stays (train.kl_hold_steps). All "
-        "three systems draw times nearer to 1 and train equally long. One solution: VMD starts as MDM and trains half "
-        "as long again, at a lower rate.",
+        "Many solutions: with the KL weighted linearly from the start the latent falls silent and VMD is MDM; held "
+        "at almost nothing until the latent tells the whole grid, and raised then (train.kl_hold_steps), it stays on "
+        "4 x 4. On 6 x 6 it does not come into use in this time, and VMD is MDM there. All three systems draw times "
+        "nearer to 1 and train equally long. One solution: VMD starts as MDM and trains half as long again, at a lower "
+        "rate.",
     ),
 )
