@@ -104,7 +104,7 @@ def use(jobs: dict[str, dict[str, Any]], place: Path) -> dict[str, dict[str, Any
     environment = {
         "HF_HOME": str(place / "hf"),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # how a matrix product is split sets its last bits
         "PATH": os.environ["PATH"],
     }
     command = [sys.executable, "-I", str(USE), str(place / "jobs.pt"), str(place / "results.pt")]
