@@ -27,7 +27,7 @@ from .training import Job, Runs
 
 LEVELS = tuple(number / 10 for number in range(1, 11))
 ROWS = 2000
-STEPS = {"quick": ("train.steps=4000", "train.batch_tokens=2048"), "full": ()}
+STEPS = {"quick": ("train.steps=4000", "train.batch_tokens=2048"), "full": ("train.steps=4000",)}
 SYSTEMS = {
     "hint and context: CADD": "cadd",
     "hint alone": "nearest_row",
