@@ -26,9 +26,9 @@ CHOICES = (("", ARGMAX, PUZZLES), ("_categorical", CATEGORICAL, 500))
 ROWS = {"quick": {4: 128}, "full": {4: 256, 6: 64}}
 STEPS = {
     "quick": {"sudoku4": 1800, "sudoku4_unique": 800},
-    "full": {"sudoku4": 4000, "sudoku4_unique": 4000, "sudoku6": 3000, "sudoku6_unique": 3000},
+    "full": {"sudoku4": 4000, "sudoku4_unique": 4000, "sudoku6": 3500, "sudoku6_unique": 3000},
 }
-HELD, ANNEALED = 0.35, 0.5
+HELD, ANNEALED = {4: 0.35, 6: 0.5}, {4: 0.5, 6: 0.4}
 """Shares of training, with many solutions, in which a latent costs almost nothing, and then more and more."""
 DEPTH = {4: (4, 2), 6: (4, 3)}
 """Blocks of the denoiser and of the recognition network."""
@@ -54,8 +54,8 @@ def jobs_of(setting: str, budget: Budget) -> dict[str, Job]:
     )
     network = (*plain, f"model.latent.recognition.num_layers={encoder}")
     if family == "few_clues":
-        weight = (f"train.kl_hold_steps={round(HELD * steps)}", f"train.kl_anneal_steps={round(ANNEALED * steps)}")
-        vmd = Job(f"{recipe}_vmd", (*network, *weight))
+        held, annealed = round(HELD[size] * steps), round(ANNEALED[size] * steps)
+        vmd = Job(f"{recipe}_vmd", (*network, f"train.kl_hold_steps={held}", f"train.kl_anneal_steps={annealed}"))
     else:
         further = (f"train.steps={steps // 2}", f"train.kl_anneal_steps={steps // 4}", "optim.lr=3e-4")
         vmd = Job(f"{recipe}_vmd", (*network, *further, "model.backbone.gates=one"), after=f"{setting}.mdm")
@@ -117,9 +117,8 @@ SUDOKU_SMALL = Reproduction(
         "Both systems take the most probable token and reveal the most certain cells first (Algorithm 2); categorical "
         "draws have a suffix. The paper has 9 x 9 grids with one solution.",
         "Many solutions: with the KL weighted linearly from the start the latent falls silent and VMD is MDM; held "
-        "at almost nothing until the latent tells the whole grid, and raised then (train.kl_hold_steps), it stays on "
-        "4 x 4. On 6 x 6 it does not come into use in this time, and VMD is MDM there. All three systems draw times "
-        "nearer to 1 and train equally long. One solution: VMD starts as MDM and trains half as long again, at a lower "
-        "rate.",
+        "at almost nothing until the latent tells the grid, and raised then (train.kl_hold_steps), it stays. All three "
+        "systems draw times nearer to 1, count them the same (model.loss_weight=uniform) and train equally long. One "
+        "solution: VMD starts as MDM and trains half as long again, at a lower rate.",
     ),
 )
