@@ -4,10 +4,11 @@ Readings: clues stay in their places and are never masked, instead of a puzzle, 
 (which doubles the length for the same information). Modulation is shared by all blocks, pooling is a softmax over the
 answer's cells, as in C.2; width and depth are scaled down with the grid.
 
-With many solutions times are drawn nearer to 1, where the latent has something to say, and all of them count the same.
-(Weighted by w(t) = 0.3 / t, as the bound would have it, rare times near 0 make up most of the gradient's variance, and
-the latent comes into use late on 4 x 4 and never on 6 x 6.) The KL costs almost nothing for the first third of
-training: raised from the start, it silences the latent before z tells the grid.
+With many solutions times are drawn nearer to 1, where the latent has something to say, and its KL costs almost nothing
+at first: raised from the start, it silences the latent before z tells the grid. On 6 x 6 all times count the same:
+weighted by w(t) = 0.3 / t, as the bound would have it, rare times near 0 make up most of the gradient's variance, and
+the latent never came into use. (On 4 x 4 it does, and the bound's weight serves later calls better: 91% valid grids in
+five against 86%.)
 """
 
 from dataclasses import replace
@@ -47,7 +48,8 @@ def _systems(data: SudokuData) -> Family:
     )
     mdm = ModelConfig(backbone=backbone, vocab_size=data.size + 3, mask_id=data.size)
     if many:
-        mdm = replace(mdm, schedule=ScheduleConfig(kind="polynomial", power=0.3), loss_weight="uniform")
+        schedule = ScheduleConfig(kind="polynomial", power=0.3)
+        mdm = replace(mdm, schedule=schedule, loss_weight="elbo" if small else "uniform")
     vmd = replace(
         mdm,
         backbone=replace(backbone, condition_dim=128, modulation="shared"),

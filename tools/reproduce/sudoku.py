@@ -118,7 +118,8 @@ SUDOKU_SMALL = Reproduction(
         "draws have a suffix. The paper has 9 x 9 grids with one solution.",
         "Many solutions: with the KL weighted linearly from the start the latent falls silent and VMD is MDM; held "
         "at almost nothing until the latent tells the grid, and raised then (train.kl_hold_steps), it stays. All three "
-        "systems draw times nearer to 1, count them the same (model.loss_weight=uniform) and train equally long. One "
-        "solution: VMD starts as MDM and trains half as long again, at a lower rate.",
+        "systems draw times nearer to 1 and train equally long. On 6 x 6 all times count the same "
+        "(model.loss_weight=uniform): with the bound's weight the latent never came into use. One solution: VMD starts "
+        "as MDM and trains half as long again, at a lower rate.",
     ),
 )
