@@ -22,8 +22,8 @@ class ScheduleConfig(Settings):
     kind: Literal["linear", "cosine", "polynomial", "geometric"] = "linear"
     """linear 1 - t; cosine 1 - cos(pi/2 (1 - t)); polynomial 1 - t^power; geometric exp(-beta_min^(1-t) beta_max^t)."""
     power: float = 2.0
-    """Exponent of the polynomial schedule; at 1/2 and below, rare times near 0 weigh so much in the bound that most of
-    the gradient is noise, unless model.loss_weight=uniform."""
+    """Exponent of the polynomial schedule; at 1/2 and below, rare times near 0 weigh so much in the bound that they are
+    most of the loss's variance (loss_weight=uniform weighs all the same)."""
     beta_min: float = 1e-5
     """Total noise at t = 0 of the geometric schedule."""
     beta_max: float = 20.0

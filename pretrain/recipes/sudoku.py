@@ -6,9 +6,8 @@ answer's cells, as in C.2; width and depth are scaled down with the grid.
 
 With many solutions times are drawn nearer to 1, where the latent has something to say, and its KL costs almost nothing
 at first: raised from the start, it silences the latent before z tells the grid. On 6 x 6 all times count the same:
-weighted by w(t) = 0.3 / t, as the bound would have it, rare times near 0 make up most of the gradient's variance, and
-the latent never came into use. (On 4 x 4 it does, and the bound's weight serves later calls better: 91% valid grids in
-five against 86%.)
+weighted by w(t) = 0.3 / t, as the bound would have it, rare times near 0 make up most of the loss's variance, and the
+latent never came into use. On 4 x 4 it does, and keeps the bound's weight.
 """
 
 from dataclasses import replace

@@ -83,10 +83,7 @@ def _with_blocks(data: PatternData) -> Family:
 
 
 def _needle(length: int) -> Family:
-    """Gated pooling finds the needle; times are drawn nearer to 1, where all ends are hidden, and count the same.
-
-    Weighted as in the bound, rare times near 0 would make the gradient noise.
-    """
+    """Gated pooling finds the needle; times are drawn nearer to 1, where all ends are hidden, and count the same."""
     schedule = ScheduleConfig(kind="polynomial", power=0.5 if length <= 20 else 0.3)
     data = PatternData(toy="needle", length=length)
     return _systems(data, pool="gated", schedule=schedule, loss_weight="uniform")

@@ -140,6 +140,18 @@ def test_corrupt_agrees_with_a_plain_loop(config: ScheduleConfig) -> None:
     assert torch.equal(uniform.x_t_BL, corruption.x_t_BL)
 
 
+@pytest.mark.parametrize(
+    ("power", "weight", "rare"), [(0.3, "elbo", True), (1.0, "elbo", False), (0.3, "uniform", False)]
+)
+def test_a_tenth_of_times_makes_up_most_of_a_bound_whose_power_is_low(power: float, weight: str, rare: bool) -> None:
+    batch = batch_of(torch.ones(4000, 16, dtype=torch.bool))
+    schedule = ScheduleConfig(kind="polynomial", power=power)
+    corruption = corrupt(batch, key_of(batch), settings(schedule, loss_weight=weight))
+    loss_B = torch.zeros(4000).index_add_(0, corruption.rows_M // 16, corruption.weight_M)
+    early_B = corruption.t_BS[:, 0] < 0.1
+    assert (loss_B[early_B].square().sum() > 0.5 * loss_B.square().sum()) == rare
+
+
 def test_the_divisor_is_the_count_that_was_asked_for() -> None:
     batch = random_batch(9, 31)
     for name in ("maskable", "masked"):

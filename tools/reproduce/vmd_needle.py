@@ -97,7 +97,7 @@ NEEDLE = Reproduction(
     notes=(
         "Times are drawn nearer to 1 (polynomial schedule, power 0.5 for L = 20 and 0.3 for 30 and 40), so that all "
         "eight tokens of the ends are hidden in a fifth or a third of the rows instead of a ninth, and all times count "
-        "the same. Weighted as in the bound, rare times near 0 make up most of the gradient's variance: with power 0.1 "
+        "the same. Weighted as in the bound, rare times near 0 make up most of the loss's variance: with power 0.1 "
         "the same training gave 92.5% at 30 and 93.0% at 40, with 0.5 91.3% and 80.8%. Pooling is a learned softmax.",
         f"MDM and the control train {BASELINE_STEPS} steps, VMD 7,000 to 9,000 (quick: 3,000): independence holds them "
         "in one step, but given the first token more training would help them.",
