@@ -18,12 +18,12 @@ from .samples import ARGMAX, CATEGORICAL, complete, draw
 from .sudoku import jobs_of as sudoku_jobs
 from .table import Budget, Reproduction, Results
 from .training import Job, Runs
-from .vmd_pairs import SAMPLES, SET, jobs_of
+from .vmd_pairs import SAMPLES, SET, Length, jobs_of, steps_note
 from .vmd_quadruples import BLOCKS, INFERENCE, by_key
 from .vmd_quadruples import PAPER as TABLE_2
 
 DATA = {"quick": ("d1",), "full": ("d1", "d2")}
-BATCH = {"quick": "train.batch_tokens=1000", "full": "train.batch_tokens=2000"}
+LENGTH: dict[Budget, Length] = {"quick": Length(1000, 400, 1200), "full": Length(1000, 1000, 5000)}
 VARIANTS = {
     "vmd_earlier_blocks": ("model.latent.prior=earlier_blocks",),
     "vmd_x_t": ("model.latent.prior=x_t",),
@@ -77,7 +77,7 @@ def _jobs(budget: Budget) -> dict[str, Job]:
 
 def _quadruple_jobs(data: str, blocks: str, budget: Budget) -> dict[str, Job]:
     prefix = f"{data}.{blocks}"
-    plain = jobs_of(f"four_token_{data}", prefix, budget, BATCH[budget], *BLOCKS[blocks])
+    plain = jobs_of(f"four_token_{data}", prefix, LENGTH[budget], *BLOCKS[blocks])
     mdm, vmd = (f"{prefix}.{system}" for system in ("mdm", "vmd"))
     changed = {
         f"{prefix}.{name}": replace(
@@ -215,6 +215,6 @@ ABLATIONS = Reproduction(
         "The paper's Sudoku (Tables 9 and 14, in settings.paper as sudoku9) has 9 x 9 grids with one solution: "
         "76.4 % with z kept, 74.5 % redrawn and 74.4 % refreshed in 10 calls. Here: 4 x 4 grids with many.",
         "A control as large as model and recognition network for Sudoku is in vmd-sudoku-small, on the same runs.",
-        "quick: D1 alone, with batches of 250; full: D1 and D2, with batches of 500.",
+        "Four tokens train with batches of 250 rows; quick: D1 alone. " + steps_note(LENGTH),
     ),
 )

@@ -1,5 +1,7 @@
 """VMD Table 1 and Figure 2: two tokens that depend on each other, written in one step or one by one."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +33,35 @@ SMALL = (
     "optim.warmup_steps=50",
     "train.ema_decay=0.99",
 )
-BATCH = {"quick": ("train.batch_tokens=2000",), "full": ("train.batch_tokens=4000",)}
-BASELINE_STEPS = {"quick": 400, "full": 1000}
-LATENT_STEPS = {"quick": 1200, "full": 5000}
-LENGTHS_OF_TRAINING = (
-    f"Systems without a latent train {BASELINE_STEPS['quick']} steps (quick) or {BASELINE_STEPS['full']} (full), those "
-    f"with one {LATENT_STEPS['quick']} or {LATENT_STEPS['full']}. In one step the former are held by the independence "
-    "of their tokens, not by their training; token by token they would gain from more."
-)
 
 
-def jobs_of(recipe: str, prefix: str, budget: Budget, *extra: str) -> dict[str, Job]:
+@dataclass(frozen=True)
+class Length:
+    """Tokens of a batch, and the steps of systems without a latent and of those with one."""
+
+    batch_tokens: int
+    baseline_steps: int
+    latent_steps: int
+
+
+LENGTH: dict[Budget, Length] = {"quick": Length(2000, 400, 1200), "full": Length(4000, 1000, 5000)}
+STRENGTHS_LENGTH: dict[Budget, Length] = {"quick": LENGTH["quick"], "full": Length(1000, 1000, 5000)}
+
+
+def steps_note(lengths: Mapping[Budget, Length]) -> str:
+    """What a table says about the steps of its runs."""
+    quick, full = lengths["quick"], lengths["full"]
+    return (
+        f"Systems without a latent train {quick.baseline_steps:,} steps (quick) or {full.baseline_steps:,} (full), "
+        f"those with one {quick.latent_steps:,} or {full.latent_steps:,}. In one step the former are held by the "
+        "independence of their tokens, not by their training; token by token they would gain from more."
+    )
+
+
+def jobs_of(recipe: str, prefix: str, length: Length, *extra: str) -> dict[str, Job]:
     """The runs of one setting; latents get a decoder of two blocks and an encoder of one."""
-    shared = (*SMALL, *BATCH[budget], *extra)
-    base, steps = BASELINE_STEPS[budget], LATENT_STEPS[budget]
+    shared = (*SMALL, f"train.batch_tokens={length.batch_tokens}", *extra)
+    base, steps = length.baseline_steps, length.latent_steps
     latent = ("model.latent.recognition.num_layers=1", f"train.kl_anneal_steps={steps * 3 // 10}")
     vmd = Job(f"{recipe}_vmd", (*shared, *latent, f"train.steps={steps}"))
     return {
@@ -55,7 +72,8 @@ def jobs_of(recipe: str, prefix: str, budget: Budget, *extra: str) -> dict[str, 
 
 
 def _table_jobs(budget: Budget) -> dict[str, Job]:
-    return {name: job for setting in SETTINGS for name, job in jobs_of(f"two_token_{setting}", setting, budget).items()}
+    length = LENGTH[budget]
+    return {name: job for setting in SETTINGS for name, job in jobs_of(f"two_token_{setting}", setting, length).items()}
 
 
 def _measure_table(runs: Runs, seed: int) -> Results:
@@ -119,7 +137,7 @@ TABLE_1 = Reproduction(
     notes=(
         "Networks are smaller than the paper's (2 blocks instead of 8, encoder 1 instead of 2), batches are 1,000 "
         "(quick) or 2,000 (full) instead of 10,000; the KL weight ends at 1 (docs/errata.md).",
-        LENGTHS_OF_TRAINING,
+        steps_note(LENGTH),
         "MDM draws categorically and VMD takes the argmax given z, as in the paper; the other choice has a suffix.",
         "Token by token, the order of top probability is a ranking: of two drawn tokens the one that the model finds "
         "slightly more probable comes first, so slight errors of MDM show in its KL; `random_order` has none of that.",
@@ -129,10 +147,11 @@ TABLE_1 = Reproduction(
 
 
 def _strength_jobs(budget: Budget) -> dict[str, Job]:
+    length = STRENGTHS_LENGTH[budget]
     return {
         name: job
         for p in STRENGTHS[budget]
-        for name, job in jobs_of("two_token_dependence", _setting(p), budget, f"data.dependence={p}").items()
+        for name, job in jobs_of("two_token_dependence", _setting(p), length, f"data.dependence={p}").items()
     }
 
 
@@ -177,7 +196,7 @@ FIGURE_2 = Reproduction(
     draw=_draw_strengths,
     paper={},
     notes=(
-        LENGTHS_OF_TRAINING,
+        steps_note(STRENGTHS_LENGTH),
         "Both systems draw categorically (with p < 1 the second token is random given the first); the argmax given z "
         "has a suffix. The paper prints Figure 2 without numbers.",
     ),

@@ -10,9 +10,10 @@ from .figures import Bar, bars_against_paper
 from .samples import ARGMAX, CATEGORICAL, RANDOM, draw
 from .table import Budget, Reproduction, Results
 from .training import Job, Runs
-from .vmd_pairs import LENGTHS_OF_TRAINING, SAMPLES, SET, jobs_of
+from .vmd_pairs import SAMPLES, SET, Length, jobs_of, steps_note
 
 DATA = ("d1", "d2")
+LENGTH: dict[Budget, Length] = {"quick": Length(2000, 400, 1200), "full": Length(1000, 2000, 12_000)}
 INFERENCE = {"b2_nfe4": ("b2", 2), "b2_nfe2": ("b2", 1), "b1_nfe4": ("b1", 4), "b1_nfe1": ("b1", 1)}
 """Blocks of the model and steps per block."""
 SYSTEMS = ("mdm", "vmd", "mdm_matched")
@@ -26,7 +27,7 @@ def _jobs(budget: Budget) -> dict[str, Job]:
         name: job
         for data in DATA
         for blocks, switch in BLOCKS.items()
-        for name, job in jobs_of(f"four_token_{data}", f"{data}.{blocks}", budget, *switch).items()
+        for name, job in jobs_of(f"four_token_{data}", f"{data}.{blocks}", LENGTH[budget], *switch).items()
     }
 
 
@@ -86,8 +87,8 @@ TABLE_2 = Reproduction(
     draw=_draw,
     paper=PAPER,
     notes=(
-        "Networks and schedules are those of vmd-table-1 here, with batches of 500 (quick) or 1,000 (full) rows.",
-        LENGTHS_OF_TRAINING,
+        "Networks and schedules are those of vmd-table-1 here, with batches of 500 (quick) or 250 (full) rows.",
+        steps_note(LENGTH),
         "Token by token MDM's KL is that of its ranking (see vmd-table-1): `random_order` has none of that.",
         "NFE counts network calls of all blocks; the calls that write a finished block into the cache are not counted, "
         "as in the paper.",
