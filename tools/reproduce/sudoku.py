@@ -27,7 +27,7 @@ PUZZLES = 2000
 CHOICES = (("", ARGMAX, PUZZLES), ("_categorical", CATEGORICAL, 500))
 """How tokens are chosen, and for how many puzzles, by suffix."""
 LENGTH = {
-    "quick": {"sudoku4": (128, 1800), "sudoku4_unique": (128, 800)},
+    "quick": {"sudoku4": (128, 1500), "sudoku4_unique": (128, 800)},
     "full": {
         "sudoku4": (128, 7200),
         "sudoku4_unique": (256, 4000),
