@@ -52,7 +52,7 @@ def jobs_of(setting: str, budget: Budget) -> dict[str, Job]:
 
     Where there is one solution, VMD's decoder starts as MDM (E.5) and trains half as long again.
     """
-    size, _, recipe = SETTINGS[setting]
+    size, family, recipe = SETTINGS[setting]
     (rows, steps), (decoder, encoder) = LENGTH[budget][setting], DEPTH[size]
     plain = (
         f"train.batch_tokens={rows * size**2}",
@@ -62,7 +62,7 @@ def jobs_of(setting: str, budget: Budget) -> dict[str, Job]:
         f"train.steps={steps}",
     )
     network = (*plain, f"model.latent.recognition.num_layers={encoder}")
-    if setting in HELD_ANNEALED[budget]:
+    if family == "few_clues":
         held, annealed = HELD_ANNEALED[budget][setting]
         vmd = Job(f"{recipe}_vmd", (*network, f"train.kl_hold_steps={held}", f"train.kl_anneal_steps={annealed}"))
     else:
@@ -134,7 +134,7 @@ SUDOKU_SMALL = Reproduction(
         "Many solutions: with the KL weighted linearly from the start the latent falls silent and VMD is MDM; held "
         "at almost nothing until the latent tells the grid, and raised then (train.kl_hold_steps), it stays. All three "
         "systems draw times nearer to 1, count all the same (model.loss_weight=uniform) and train equally long. On "
-        "4 x 4 z comes from a learned p(z | x_t), anew in every call: what clues and revealed cells tell costs no KL. "
-        "One solution: VMD starts as MDM and trains half as long again, at a lower rate.",
+        "4 x 4 z comes from a learned p(z | x_t), anew in every call: what clues and revealed cells tell costs no KL "
+        "(the paper has N(0, I)). One solution: VMD starts as MDM and trains half as long again, at a lower rate.",
     ),
 )
