@@ -23,7 +23,7 @@ from .vmd_quadruples import BLOCKS, INFERENCE, by_key
 from .vmd_quadruples import PAPER as TABLE_2
 
 DATA = {"quick": ("d1",), "full": ("d1", "d2")}
-LENGTH: dict[Budget, Length] = {"quick": Length(1000, 400, 1200), "full": Length(1000, 1000, 5000)}
+LENGTH: dict[Budget, Length] = {"quick": Length(1000, 400, 1200), "full": Length(1000, 1000, 3000)}
 VARIANTS = {
     "vmd_earlier_blocks": ("model.latent.prior=earlier_blocks",),
     "vmd_x_t": ("model.latent.prior=x_t",),
