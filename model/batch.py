@@ -52,6 +52,10 @@ class Batch:
         """The sequences start..stop."""
         return self._map(lambda tensor: tensor[start:stop])
 
+    def repeated(self, times: int) -> Self:
+        """The sequences that many times over, [times * B]."""
+        return self._map(lambda tensor: tensor.repeat(times, *(1,) * (tensor.dim() - 1)))
+
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

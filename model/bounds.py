@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import Batch
 from .corruption import corrupt_uniform_count
 from .diffusion import MaskedDiffusion, StepSchedule
-from .importance import by_segment, log_likelihoods, log_mean_exp, weighed
+from .importance import log_likelihoods, log_mean_exp, weighed
 from .noise import NoiseKey
 
 
@@ -105,8 +105,8 @@ def nelbo_kept(model: MaskedDiffusion, batch: Batch, key: NoiseKey) -> Tensor:
     draw = model.draw_latent(batch, blank)
     real = slice(0, corruption.num_masked)
     hidden_MD = model.hidden(batch, corruption, latent=draw.z_BSd).flatten(0, 1)[corruption.rows_M[real]]
-    nats_1M = -log_likelihoods(model, hidden_MD[None], corruption) * corruption.weight_M[real]
-    return by_segment(nats_1M, corruption)[0].sum(1) + draw.kl_BS.double().sum(1)
+    nats_M = -log_likelihoods(model, hidden_MD[None], corruption)[0] * corruption.weight_M[real]
+    return corruption.by_segment(nats_M).sum(1) + draw.kl_BS.double().sum(1)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def delbo(model: MaskedDiffusion, batch: Batch, key: NoiseKey, *, num_latents: i
     refuse_bound(model, "delbo", batch.tokens_BL.shape[1])
     corruption = corrupt_uniform_count(batch, key, model.config)
     nats_BS = -log_mean_exp(
-        by_segment(log_likelihoods(model, some.hidden_KHMD[:, 0], corruption), corruption) + some.log_ratio_KBS
+        corruption.by_segment(log_likelihoods(model, some.hidden_KHMD[:, 0], corruption)) + some.log_ratio_KBS
         for some in weighed(model, batch, corruption, num_latents)
     )
     return (corruption.weight_BS * nats_BS).sum(1)

@@ -201,12 +201,14 @@ class LatentConfig(Settings):
     """N(0, I); a learned p(z | x_t) (VMD E.3); or a learned p(z^b | z^(<b)) (VMD E.2)."""
     prior_layers: int = 1
     """Blocks of a learned prior."""
+    num_samples: int = 1
+    """z drawn for a sequence in training; several give the K-sample DELBO: tighter, for as many times the denoiser."""
     recognition: RecognitionConfig = field(default_factory=RecognitionConfig)
     """The recognition network, used in training only."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, one sentence each."""
-        for name in ("dim", "prior_layers"):
+        for name in ("dim", "prior_layers", "num_samples"):
             if getattr(self, name) < 1:
                 yield f"latent.{name}={getattr(self, name)} must be at least 1"
         yield from self.recognition.problems()

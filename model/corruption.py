@@ -159,6 +159,45 @@ class Corruption:
         first, last = (self.num_masked * n // size for n in (rank, rank + 1))
         return self._with_rows(first, last)
 
+    def repeated(self, times: int) -> Self:
+        """The corruption of the sequences that many times over, [times * B]."""
+        real, copy_N1 = slice(0, self.num_masked), torch.arange(times, device=self.rows_M.device)[:, None]
+        rows_M, sequence_M, targets_M, weight_M = _pad(
+            (self.rows_M[real] + copy_N1 * self.masked_BL.numel()).flatten(),
+            (self.sequence_M[real] + copy_N1 * self.masked_BL.shape[0]).flatten(),
+            self.targets_M[real].repeat(times),
+            self.weight_M[real].repeat(times),
+        )
+        return replace(
+            self,
+            x_t_BL=self.x_t_BL.repeat(times, 1),
+            masked_BL=self.masked_BL.repeat(times, 1),
+            t_BS=self.t_BS.repeat(times, 1),
+            rows_M=rows_M,
+            sequence_M=sequence_M,
+            targets_M=targets_M,
+            weight_M=weight_M,
+            weight_BS=self.weight_BS.repeat(times, 1),
+            maskable_B=self.maskable_B.repeat(times),
+            num_masked=times * self.num_masked,
+            key=replace(self.key, index_B=self.key.index_B.repeat(times)),
+        )
+
+    def of_rows(self, values_BS: Tensor) -> Tensor:
+        """What stands at the segment of each masked row [M]."""
+        return values_BS[self.sequence_M, self.segment_of(self.rows_M)]
+
+    def by_segment(self, values_M: Tensor) -> Tensor:
+        """Sums [..., B, S] of values [..., M] of the masked rows; of padding none, or zeros."""
+        num_sequences, num_segments = self.t_BS.shape
+        place_M = self.sequence_M * num_segments + self.segment_of(self.rows_M)
+        sums = values_M.new_zeros(*values_M.shape[:-1], num_sequences * num_segments)
+        return sums.index_add_(-1, place_M[: values_M.shape[-1]], values_M).unflatten(-1, (num_sequences, num_segments))
+
+    def weighed(self, factor_BS: Tensor) -> Self:
+        """The same with the weights of each segment multiplied."""
+        return replace(self, weight_M=self.weight_M * self.of_rows(factor_BS), weight_BS=self.weight_BS * factor_BS)
+
     def to(self, device: torch.device) -> Self:
         """The same corruption on another device, without waiting for the copies."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -3,6 +3,7 @@
 Shapes: B sequences, L positions, S segments, D width, d latent width, V vocabulary, M masked rows.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -113,29 +114,42 @@ class MaskedDiffusion(nn.Module):
 
     def forward(self, batch: Batch, corruption: Corruption, *, step: StepSchedule) -> LossTerms:
         """The training entry: the loss of one corrupted micro-batch."""
-        dropout = corruption.key.stream("dropout") if self.training else None
         hint_BLD = None if self.augmentation is None else self.draw_hint(corruption)
-        draw = None if self.latent is None else self.draw_latent(batch, corruption)
-        latent_BSd = None if draw is None else draw.z_BSd
+        num_samples = 1 if self.config.latent is None else self.config.latent.num_samples
+        draw = None if self.latent is None else self.draw_latent(batch, corruption, num_samples)
+        sums = draw.sums(corruption.hidden_BS) if draw is not None and step.statistics else None
+        if num_samples > 1:
+            batch, corruption = batch.repeated(num_samples), corruption.repeated(num_samples)
+            hint_BLD = None if hint_BLD is None else hint_BLD.repeat(num_samples, 1, 1)
         hidden_BLD = self.hidden(
-            batch, corruption, hint=hint_BLD, latent=latent_BSd, annealing=step.annealing, dropout=dropout
+            batch,
+            corruption,
+            hint=hint_BLD,
+            latent=None if draw is None else draw.z_BSd,
+            annealing=step.annealing,
+            dropout=corruption.key.stream("dropout") if self.training else None,
         )
         part = self.denoiser.part if isinstance(self.denoiser, Transformer) else None
         if part is not None:
             corruption = corruption.share_of_rows(part.rank, part.size)
         hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, corruption.rows_M)
+        log_share_BS = None
+        if draw is not None and num_samples > 1:
+            log_share_BS = self._log_shares(hidden_MD, corruption, draw, step.kl_weight)
+            corruption = corruption.weighed(log_share_BS.exp())
         loss, ce_M = self.denoiser.cross_entropy(
             hidden_MD, corruption.rows_M, corruption.targets_M, corruption.weight_M, forbidden=self.config.mask_id
         )
         loss_B = ce_M.new_zeros(hidden_BLD.shape[0]).index_add_(0, corruption.sequence_M, ce_M * corruption.weight_M)
         if self.augmentation is not None and self.augmentation.config.mse_weight:
             loss = loss + self.augmentation.config.mse_weight * self._squared_error(hidden_MD, corruption)
-        sums = None
         if draw is not None:
-            counts = step.kl_weight if part is None or part.rank == 0 else 0.0
-            weighted_B = counts * (corruption.weight_BS * draw.kl_BS).sum(1)
-            loss, loss_B = loss + weighted_B.sum(), loss_B + weighted_B.detach()
-            sums = draw.sums(corruption.hidden_BS) if step.statistics else None
+            counts = 1.0 if part is None or part.rank == 0 else 0.0
+            priced_B = counts * draw.price(corruption.weight_BS, log_share_BS, step.kl_weight)
+            loss, loss_B = loss + priced_B.sum(), loss_B + priced_B.detach()
+        if log_share_BS is not None:
+            ce_M = ce_M * corruption.of_rows(log_share_BS.exp())
+            loss_B = loss_B.unflatten(0, (num_samples, -1)).sum(0)
         return LossTerms(loss, ce_M[: corruption.num_masked].sum(), loss_B, sums)
 
     def hidden(
@@ -173,17 +187,38 @@ class MaskedDiffusion(nn.Module):
         hidden = self._run(x_BLD, t_BS, latent_BSd, mask=spec, positions=positions, dropout=dropout)
         return hidden[:, :length]
 
-    def draw_latent(self, batch: Batch, corruption: Corruption) -> "LatentDraw":
+    @torch.no_grad()
+    def _log_shares(self, hidden_MD: Tensor, corruption: Corruption, draw: "LatentDraw", kl_weight: float) -> Tensor:
+        """Log of each sample's share [K * B, S] in the mean inside the K-sample DELBO (VADD Eq. 20).
+
+        The gradient of -log mean exp(-loss) is the samples' gradients, weighed by these shares.
+        """
+        ones_M = (corruption.weight_M != 0).float()
+        _, ce_M = self.denoiser.cross_entropy(
+            hidden_MD, corruption.rows_M, corruption.targets_M, ones_M, forbidden=self.config.mask_id
+        )
+        nats_BS = corruption.by_segment(ce_M)
+        if isinstance(self.denoiser, Transformer) and self.denoiser.part is not None:
+            nats_BS = self.denoiser.part.total(nats_BS)
+        cost_KBS = (nats_BS + kl_weight * draw.kl_BS).unflatten(0, (draw.num_samples, -1))
+        return (-cost_KBS).log_softmax(0).flatten(0, 1)
+
+    def draw_latent(self, batch: Batch, corruption: Corruption, num_samples: int = 1) -> "LatentDraw":
         """z of every segment: from the recognition network where something is masked, else from the prior."""
         assert self.latent is not None
         posterior = self.infer(batch, corruption)
-        noise_BSd = corruption.key.stream("latent").normal(corruption.num_segments, self.latent.dim)
-        hidden_BS, prior = corruption.hidden_BS, self.latent.prior
+        stream, shape = corruption.key.stream("latent"), (corruption.num_segments, self.latent.dim)
+        streams = [stream] if num_samples == 1 else [stream.fold(k) for k in range(num_samples)]
+        noise_BSd = torch.cat([each.normal(*shape) for each in streams])
+        hidden_BS, prior = corruption.hidden_BS.repeat(num_samples, 1), self.latent.prior
+        own = posterior.repeated(num_samples)
         if isinstance(prior, EarlierBlocksPrior):
-            return _draw_in_turn(prior, posterior, hidden_BS, noise_BSd)
-        ahead = self.prior_given(batch, corruption)
-        z_BSd = posterior.where(hidden_BS, ahead).sample(noise_BSd)
-        return LatentDraw(z_BSd, torch.where(hidden_BS, posterior.kl(ahead).sum(-1), 0.0), posterior)
+            z_BSd, kl_BS = _draw_in_turn(prior, own, hidden_BS, noise_BSd, closed_form=num_samples == 1)
+        else:
+            ahead = self.prior_given(batch, corruption).repeated(num_samples)
+            z_BSd = own.where(hidden_BS, ahead).sample(noise_BSd)
+            kl_BS = torch.where(hidden_BS, _divergence(own, ahead, z_BSd, closed_form=num_samples == 1), 0.0)
+        return LatentDraw(z_BSd, kl_BS, posterior, num_samples)
 
     def infer(self, batch: Batch, corruption: Corruption) -> Gaussian:
         """The posterior r(z | x0, M) of every segment, [B, S, d]."""
@@ -353,27 +388,54 @@ class MaskedDiffusion(nn.Module):
 
 @dataclass(frozen=True)
 class LatentDraw:
-    """z and what it cost: KL of each segment [B, S], 0 where nothing is masked."""
+    """K samples of z and what each cost.
+
+    Args:
+        z_BSd: z of every segment, [K * B, S, d].
+        kl_BS: the KL of each segment [K * B, S], of several samples their own log r(z) - log p(z); 0 where nothing is
+            masked.
+        posterior: what they are from, [B, S, d].
+        num_samples: K.
+    """
 
     z_BSd: Tensor
     kl_BS: Tensor
     posterior: Gaussian
+    num_samples: int = 1
+
+    def price(self, weight_BS: Tensor, log_share_BS: Tensor | None, kl_weight: float) -> Tensor:
+        """What z adds to the loss of each sequence [K * B].
+
+        Its KL and, of several samples, what is between the sum of their losses by share and -log mean exp(-loss).
+        """
+        priced_B = kl_weight * (weight_BS * self.kl_BS).sum(1)
+        if log_share_BS is not None:
+            priced_B = priced_B + (weight_BS * (log_share_BS + math.log(self.num_samples))).sum(1)
+        return priced_B
 
     @torch.no_grad()
     def sums(self, hidden_BS: Tensor) -> Tensor:
-        """What `collapse.latent_report` needs, of segments in which something is masked."""
+        """What `collapse.latent_report` needs, of the segments [B, S] in which something is masked."""
         chosen = Gaussian(self.posterior.mean[hidden_BS], self.posterior.log_std[hidden_BS])
-        return posterior_sums(chosen, self.z_BSd[hidden_BS], self.kl_BS[hidden_BS])
+        first_BSd, kl_BS = self.z_BSd[: hidden_BS.shape[0]], self.kl_BS.unflatten(0, (self.num_samples, -1)).mean(0)
+        return posterior_sums(chosen, first_BSd[hidden_BS], kl_BS[hidden_BS])
 
 
-def _draw_in_turn(prior: EarlierBlocksPrior, posterior: Gaussian, hidden_BS: Tensor, noise_BSd: Tensor) -> LatentDraw:
-    """Block by block: the prior of each depends on what was drawn before it."""
+def _divergence(posterior: Gaussian, prior: Gaussian, z: Tensor, *, closed_form: bool) -> Tensor:
+    """KL(posterior, prior) [...], or what a draw of z from the posterior says of it."""
+    return posterior.kl(prior).sum(-1) if closed_form else posterior.log_prob(z) - prior.log_prob(z)
+
+
+def _draw_in_turn(
+    prior: EarlierBlocksPrior, posterior: Gaussian, hidden_BS: Tensor, noise_BSd: Tensor, *, closed_form: bool
+) -> tuple[Tensor, Tensor]:
+    """z and its KL block by block: the prior of each depends on what was drawn before it."""
     z_BSd, kl = noise_BSd[:, :0], []
     for block in range(noise_BSd.shape[1]):
         ahead = prior(z_BSd)
         here = Gaussian(ahead.mean[:, -1], ahead.log_std[:, -1])
         own = Gaussian(posterior.mean[:, block], posterior.log_std[:, block])
-        kl.append(torch.where(hidden_BS[:, block], own.kl(here).sum(-1), 0.0))
         z_Bd = own.where(hidden_BS[:, block], here).sample(noise_BSd[:, block])
+        kl.append(torch.where(hidden_BS[:, block], _divergence(own, here, z_Bd, closed_form=closed_form), 0.0))
         z_BSd = torch.cat((z_BSd, z_Bd[:, None]), dim=1)
-    return LatentDraw(z_BSd, torch.stack(kl, dim=1), posterior)
+    return z_BSd, torch.stack(kl, dim=1)

@@ -12,7 +12,9 @@ def forward_flops(config: ModelConfig, *, num_sequences: int, length: int, num_r
     """Operations of one training forward pass: `num_sequences` rows of `length` tokens, the head on `num_rows`."""
     segments = config.num_segments(length)
     streams = 2 if segments > 1 else 1
+    samples = 1 if config.latent is None else config.latent.num_samples
     total = num_sequences * _network(config, streams * length, streams * segments) + num_rows * _head(config)
+    total *= samples
     if config.latent is not None:
         total += num_sequences * _latent(config, streams * length, segments)
     if config.augmentation is not None:
@@ -20,13 +22,18 @@ def forward_flops(config: ModelConfig, *, num_sequences: int, length: int, num_r
         if config.augmentation.fusion == "concat":
             total += num_rows * 4 * dim * dim
         if config.augmentation.mse_weight:
-            total += num_rows * _head(config) * (2 if config.augmentation.z0 == "soft" else 1)
+            total += samples * num_rows * _head(config) * (2 if config.augmentation.z0 == "soft" else 1)
     return total
 
 
 def training_flops(config: ModelConfig, *, num_sequences: int, length: int, num_rows: int) -> int:
-    """Operations of a forward and a backward pass; recomputation is not useful work and not counted."""
-    return 3 * forward_flops(config, num_sequences=num_sequences, length=length, num_rows=num_rows)
+    """Operations of a forward and a backward pass; recomputation is not useful work and not counted.
+
+    Several samples of z are weighed before the loss, which takes the head once more.
+    """
+    several = config.latent.num_samples if config.latent is not None and config.latent.num_samples > 1 else 0
+    forward = forward_flops(config, num_sequences=num_sequences, length=length, num_rows=num_rows)
+    return 3 * forward + several * num_rows * _head(config)
 
 
 def sampling_flops(config: ModelConfig, *, num_sequences: int, length: int, num_rows: int, num_hints: int = 1) -> int:
@@ -56,7 +63,8 @@ def _latent(config: ModelConfig, length: int, segments: int) -> int:
     recognition = recognition_backbone(config)
     prior = replace(recognition, num_layers=config.latent.prior_layers)
     lengths = {"normal": [], "x_t": [length], "earlier_blocks": range(1, segments + 1)}[config.latent.prior]
-    return _trunk(recognition, length, 0) + sum(_trunk(prior, n, 0) for n in lengths)
+    priors = config.latent.num_samples if config.latent.prior == "earlier_blocks" else 1
+    return _trunk(recognition, length, 0) + priors * sum(_trunk(prior, n, 0) for n in lengths)
 
 
 def _trunk(b: TransformerConfig, length: int, num_conditions: int) -> int:

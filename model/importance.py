@@ -5,7 +5,7 @@ Shapes: B sequences, L positions, S segments, M masked rows, K samples of z, H h
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -72,14 +72,6 @@ def log_likelihoods(model: MaskedDiffusion, hidden_KMD: Tensor, corruption: Corr
     return -ce_N.double().unflatten(0, (num_samples, -1))
 
 
-def by_segment(values_KM: Tensor, corruption: Corruption) -> Tensor:
-    """Sums [K, B, S] of values of the masked rows."""
-    num_sequences, num_segments = corruption.t_BS.shape
-    place_M = corruption.sequence_M * num_segments + corruption.segment_of(corruption.rows_M)
-    sums = values_KM.new_zeros(values_KM.shape[0], num_sequences * num_segments)
-    return sums.index_add(1, place_M[: corruption.num_masked], values_KM).unflatten(1, (num_sequences, num_segments))
-
-
 def log_mean_exp(chunks: Iterable[Tensor]) -> Tensor:
     """Log of the mean of exponentials over the first dimension of all chunks."""
     sums, count = [], 0
@@ -130,15 +122,9 @@ def _hidden(
     """Hidden states [K, H, M, D] of the masked rows, samples and hints run as further rows of the batch."""
     num_samples = 1 if z_KBSd is None else z_KBSd.shape[0]
     num_hints = 1 if hint_HBLD is None else hint_HBLD.shape[0]
-    again = torch.arange(batch.num_sequences, device=batch.tokens_BL.device).repeat(num_samples * num_hints)
     hidden = model.hidden(
-        replace(
-            batch,
-            tokens_BL=batch.tokens_BL[again],
-            positions_BL=batch.positions_BL[again],
-            document_BL=None if batch.document_BL is None else batch.document_BL[again],
-        ),
-        replace(corruption, x_t_BL=corruption.x_t_BL[again], t_BS=corruption.t_BS[again]),
+        batch.repeated(num_samples * num_hints),
+        corruption.repeated(num_samples * num_hints),
         hint=None if hint_HBLD is None else hint_HBLD.flatten(0, 1).repeat(num_samples, 1, 1),
         latent=None if z_KBSd is None else z_KBSd.repeat_interleave(num_hints, 0).flatten(0, 1),
     )

@@ -39,6 +39,11 @@ class Gaussian:
         distance = (self.mean - other.mean).square() * (-2.0 * other.log_std).exp()
         return 0.5 * (ratio + distance - 1.0) + other.log_std - self.log_std
 
+    def repeated(self, times: int) -> "Gaussian":
+        """The same that many times over along the first dimension."""
+        rest = (1,) * (self.mean.dim() - 1)
+        return Gaussian(self.mean.repeat(times, *rest), self.log_std.repeat(times, *rest))
+
     def where(self, condition: Tensor, other: "Gaussian") -> "Gaussian":
         """Self where the condition [...] holds, other elsewhere."""
         wide = condition[..., None]

@@ -73,6 +73,8 @@ def masked_linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_MD, head_VD = hidden_MD.to(dtype), head_VD.to(dtype)
+    if not torch.is_grad_enabled():
+        hidden_MD, head_VD = hidden_MD.detach(), head_VD.detach()
     with torch.autocast(device, enabled=False):
         return _MaskedLinearCrossEntropy.apply(hidden_MD, head_VD, targets_M, weight_M, forbidden, part, chunk_bytes)
 

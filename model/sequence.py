@@ -64,6 +64,10 @@ class SequencePart(Span):
         gathered: Tensor = _Gather.apply(x, self)
         return gathered
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes, without a gradient."""
+        return _sum(x, self.group)
+
     def pool(self, weight_BSR: Tensor, x_BPD: Tensor) -> Tensor:
         """Weighted sums of the segments of a row, of R positions each [B, S, D], from the part of every process.
 

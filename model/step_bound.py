@@ -16,7 +16,7 @@ from .batch import Batch
 from .bounds import refuse_bound
 from .corruption import Corruption, MaskSchedule, build_corruption
 from .diffusion import CHUNK_ELEMENTS, MaskedDiffusion
-from .importance import by_segment, log_likelihoods, log_mean_exp, weighed
+from .importance import log_likelihoods, log_mean_exp, weighed
 from .noise import NoiseKey, stream_key
 
 Estimate = Literal["soft", "hard"]
@@ -57,11 +57,11 @@ def nelbo_steps(
     corruption = move.corruption
     hints = None if model.augmentation is None else torch.stack([_hint(model, corruption, h) for h in range(num_hints)])
     nats_BS = -log_mean_exp(
-        by_segment(_log_likelihoods(model, move, some.hidden_KHMD, z0), corruption) + some.log_ratio_KBS
+        corruption.by_segment(_log_likelihoods(model, move, some.hidden_KHMD, z0)) + some.log_ratio_KBS
         for some in weighed(model, batch, corruption, num_latents, hints)
     )
     if hints is None:
-        nats_BS = torch.where(by_segment(move.reveal_M[None], corruption)[0] > 0, nats_BS, 0.0)
+        nats_BS = torch.where(corruption.by_segment(move.reveal_M) > 0, nats_BS, 0.0)
     return num_steps * nats_BS.sum(1)
 
 

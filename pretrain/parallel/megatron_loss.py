@@ -46,7 +46,7 @@ def vocab_parallel_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden_MD, head_VD = hidden_MD.to(dtype), head_VD.to(dtype)
     if not torch.is_grad_enabled():
-        head_VD = head_VD.detach()
+        hidden_MD, head_VD = hidden_MD.detach(), head_VD.detach()
     with torch.autocast(device, enabled=False):
         return _InChunks.apply(hidden_MD, head_VD, targets_M, weight_M, forbidden, part, chunk_bytes)
 

@@ -37,6 +37,7 @@ SYSTEMS = {
     "block_vmd": replace(VADD, block_size=4),
     "prior": replace(VADD, block_size=4, latent=replace(LATENT, prior="earlier_blocks")),
     "prior_x_t": replace(VADD, latent=replace(LATENT, prior="x_t")),
+    "samples": replace(VADD, block_size=4, latent=replace(LATENT, num_samples=2)),
     "cadd": replace(MDLM, augmentation=AugmentationConfig(fusion="concat")),
     "all": replace(VADD, block_size=4, augmentation=AugmentationConfig(path="vp", fusion="reweight")),
 }

@@ -79,6 +79,10 @@ SWITCHES = {
     "prior given blocks": replace(
         CONDITIONED, block_size=4, latent=LatentConfig(dim=8, prior="earlier_blocks", prior_layers=2)
     ),
+    "samples of z": replace(CONDITIONED, block_size=8, latent=LatentConfig(dim=8, num_samples=3)),
+    "samples of z given blocks": replace(
+        CONDITIONED, block_size=4, latent=LatentConfig(dim=8, prior="earlier_blocks", num_samples=2)
+    ),
     "embedding": replace(PLAIN, latent=LatentConfig(dim=8, inject="embedding")),
     "cadd": replace(PLAIN, augmentation=AugmentationConfig(fusion="concat")),
     "points": POINTS,

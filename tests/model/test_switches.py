@@ -132,6 +132,7 @@ SPLIT = {
     "block vmd": switched(2, LatentConfig(dim=LATENT, recognition=RecognitionConfig(pool="gated"))),
     "prior given x_t": switched(4, LatentConfig(dim=LATENT, prior="x_t", inject="embedding")),
     "prior given blocks": switched(2, LatentConfig(dim=LATENT, prior="earlier_blocks")),
+    "samples of z": switched(4, LatentConfig(dim=LATENT, num_samples=3), AugmentationConfig(mse_weight=0.1)),
     "cadd": switched(augmentation=AugmentationConfig(mse_weight=0.3)),
     "block cadd": switched(2, augmentation=AugmentationConfig(fusion="reweight", path="vp")),
     "all": switched(4, LatentConfig(dim=LATENT), AugmentationConfig(fusion="concat", mse_weight=0.1)),

@@ -23,7 +23,7 @@ from .table import Budget, Reproduction, Results
 from .training import Job, Runs
 
 SAMPLES, SAMPLING_STEPS, BATCH = 128, 32, 64
-STEPS = {"quick": ("train.steps=500", "train.batch_tokens=2048"), "full": ("train.steps=2000",)}
+STEPS = {"quick": ("train.steps=500", "train.batch_tokens=2048"), "full": ("train.steps=1200",)}
 RUNS = {
     "ar": ("ar", ()),
     "mdlm": ("mdlm", ()),

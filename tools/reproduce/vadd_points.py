@@ -24,9 +24,11 @@ BOUND_ROWS = 1000
 ENTROPY = {"checkerboard": 8.517, "swissroll": 7.10, "circles": 7.42}
 OPTIMUM = {"checkerboard": 8.17, "swissroll": 6.22, "circles": 6.68}
 STEPS = {"quick": (1500, 6000), "full": (6000, 24_000)}
-WIDTH, ROWS = 256, 512
+WIDTH, ROWS = 256, {"base": 512, "latent": 256}
 MORE_MASKED = ("model.loss_weight=uniform", "model.schedule.kind=polynomial", "model.schedule.power=0.5")
 """Half of the rows, instead of a third, are all masked, where z alone decides, and all rows count the same."""
+SAMPLES_OF_Z = 4
+"""In training: the loss is VADD Eq. 20, with which the paper evaluates alone."""
 
 
 def _listed(nats: dict[str, float]) -> str:
@@ -37,7 +39,6 @@ def _jobs(budget: Budget) -> dict[str, Job]:
     base, latent = STEPS[budget]
     shared = (
         f"model.backbone.dim={WIDTH}",
-        f"train.batch_tokens={2 * ROWS}",
         "train.precision=bf16",
         "optim.lr=1e-3",
         "train.ema_decay=0.999",
@@ -46,9 +47,15 @@ def _jobs(budget: Budget) -> dict[str, Job]:
     )
     jobs = {}
     for toy in TOYS:
-        anneal = f"train.kl_anneal_steps={latent * 2 // 10}"
-        vadd = Job(f"toy2d_{toy}_vadd", (*shared, *MORE_MASKED, f"train.steps={latent}", anneal))
-        control = (*shared, f"train.steps={base}")
+        own = (
+            *MORE_MASKED,
+            f"model.latent.num_samples={SAMPLES_OF_Z}",
+            f"train.batch_tokens={2 * ROWS['latent']}",
+            f"train.steps={latent}",
+            f"train.kl_anneal_steps={latent * 2 // 10}",
+        )
+        vadd = Job(f"toy2d_{toy}_vadd", (*shared, *own))
+        control = (*shared, f"train.batch_tokens={2 * ROWS['base']}", f"train.steps={base}")
         jobs[f"{toy}.mdlm"] = Job(f"toy2d_{toy}_mdlm", control)
         jobs[f"{toy}.vadd"] = vadd
         jobs[f"{toy}.mdlm_matched"] = Job(f"toy2d_{toy}_mdlm_matched", (*control, matched_to(vadd)))
@@ -172,13 +179,14 @@ TABLE_1 = Reproduction(
         "added to each cell; the row `data` is the floor, two samples of the data themselves.",
         f"Bounds are nats per point on fresh points. delbo is not a bound: its optimum is {_listed(OPTIMUM)}; "
         f"nelbo and nelbo_steps can not undercut the entropy, {_listed(ENTROPY)}.",
-        f"Networks are {WIDTH} wide where the paper's have 512, and train in bf16 for fewer steps, "
-        f"with batches of {ROWS}: MDLM and the control {STEPS['quick'][0]:,} (quick) or {STEPS['full'][0]:,} (full), "
-        f"VADD {STEPS['quick'][1]:,} or {STEPS['full'][1]:,}. In one step the former are held by independence, in "
-        "five they would gain from more.",
+        f"Networks are {WIDTH} wide where the paper's have 512, and train in bf16 for fewer steps: MDLM and the "
+        f"control {STEPS['quick'][0]:,} (quick) or {STEPS['full'][0]:,} (full) with batches of {ROWS['base']}, VADD "
+        f"{STEPS['quick'][1]:,} or {STEPS['full'][1]:,} with batches of {ROWS['latent']}. In one step the former "
+        "are held by independence, in five they would gain from more.",
+        f"VADD trains on the DELBO of {SAMPLES_OF_Z} samples of z (model.latent.num_samples, VADD Eq. 20), which the "
+        "paper has for evaluation only: what z says need not fit one normal distribution, and is sharper. With one "
+        "sample, 512 points a batch and the same time, one step has 0.070, 0.124 and 0.105.",
         "VADD's rows have t distributed so that half of them are all masked (alpha = 1 - sqrt(t)) and count the same; "
         "in five steps it reveals by that schedule, too. MDLM and the control have the paper's.",
-        "We aimed at the paper's js_1 and miss it on two sets. Tried on the swissroll, one step: times and weights of "
-        "the paper 0.160; alpha = 1 - t^(1/4) 0.147; float32, for 16,000 steps, 0.143.",
     ),
 )
