@@ -3,7 +3,6 @@
 Shapes: B sequences, L positions, S segments, D width, d latent width, V vocabulary, M masked rows.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from .attention import KVCache
 from .augmentation import Augmentation, loudness
 from .batch import Batch
-from .collapse import posterior_sums
 from .config import ModelConfig, PointMlpConfig, TransformerConfig
 from .corruption import Corruption, MaskSchedule, shift_right
 from .latent import EarlierBlocksPrior, Gaussian, Latent, standard_normal
+from .latent_draw import LatentDraw, divergence, draw_in_turn
 from .masks import Annealing, MaskSpec
 from .noise import Stream
 from .point_mlp import PointMlp
@@ -188,7 +187,7 @@ class MaskedDiffusion(nn.Module):
         return hidden[:, :length]
 
     @torch.no_grad()
-    def _log_shares(self, hidden_MD: Tensor, corruption: Corruption, draw: "LatentDraw", kl_weight: float) -> Tensor:
+    def _log_shares(self, hidden_MD: Tensor, corruption: Corruption, draw: LatentDraw, kl_weight: float) -> Tensor:
         """Log of each sample's share [K * B, S] in the mean inside the K-sample DELBO (VADD Eq. 20).
 
         The gradient of -log mean exp(-loss) is the samples' gradients, weighed by these shares.
@@ -203,7 +202,7 @@ class MaskedDiffusion(nn.Module):
         cost_KBS = (nats_BS + kl_weight * draw.kl_BS).unflatten(0, (draw.num_samples, -1))
         return (-cost_KBS).log_softmax(0).flatten(0, 1)
 
-    def draw_latent(self, batch: Batch, corruption: Corruption, num_samples: int = 1) -> "LatentDraw":
+    def draw_latent(self, batch: Batch, corruption: Corruption, num_samples: int = 1) -> LatentDraw:
         """z of every segment: from the recognition network where something is masked, else from the prior."""
         assert self.latent is not None
         posterior = self.infer(batch, corruption)
@@ -213,11 +212,11 @@ class MaskedDiffusion(nn.Module):
         hidden_BS, prior = corruption.hidden_BS.repeat(num_samples, 1), self.latent.prior
         own = posterior.repeated(num_samples)
         if isinstance(prior, EarlierBlocksPrior):
-            z_BSd, kl_BS = _draw_in_turn(prior, own, hidden_BS, noise_BSd, closed_form=num_samples == 1)
+            z_BSd, kl_BS = draw_in_turn(prior, own, hidden_BS, noise_BSd, closed_form=num_samples == 1)
         else:
             ahead = self.prior_given(batch, corruption).repeated(num_samples)
             z_BSd = own.where(hidden_BS, ahead).sample(noise_BSd)
-            kl_BS = torch.where(hidden_BS, _divergence(own, ahead, z_BSd, closed_form=num_samples == 1), 0.0)
+            kl_BS = torch.where(hidden_BS, divergence(own, ahead, z_BSd, closed_form=num_samples == 1), 0.0)
         return LatentDraw(z_BSd, kl_BS, posterior, num_samples)
 
     def infer(self, batch: Batch, corruption: Corruption) -> Gaussian:
@@ -384,58 +383,3 @@ class MaskedDiffusion(nn.Module):
         assert self.augmentation is not None
         z0_MD = self.augmentation.clean(F.embedding(targets_M, table_VD))
         return self.augmentation.squared_error(self.logits(hidden_MD, rows_M), table_VD, z0_MD)
-
-
-@dataclass(frozen=True)
-class LatentDraw:
-    """K samples of z and what each cost.
-
-    Args:
-        z_BSd: z of every segment, [K * B, S, d].
-        kl_BS: the KL of each segment [K * B, S], of several samples their own log r(z) - log p(z); 0 where nothing is
-            masked.
-        posterior: what they are from, [B, S, d].
-        num_samples: K.
-    """
-
-    z_BSd: Tensor
-    kl_BS: Tensor
-    posterior: Gaussian
-    num_samples: int = 1
-
-    def price(self, weight_BS: Tensor, log_share_BS: Tensor | None, kl_weight: float) -> Tensor:
-        """What z adds to the loss of each sequence [K * B].
-
-        Its KL and, of several samples, what is between the sum of their losses by share and -log mean exp(-loss).
-        """
-        priced_B = kl_weight * (weight_BS * self.kl_BS).sum(1)
-        if log_share_BS is not None:
-            priced_B = priced_B + (weight_BS * (log_share_BS + math.log(self.num_samples))).sum(1)
-        return priced_B
-
-    @torch.no_grad()
-    def sums(self, hidden_BS: Tensor) -> Tensor:
-        """What `collapse.latent_report` needs, of the segments [B, S] in which something is masked."""
-        chosen = Gaussian(self.posterior.mean[hidden_BS], self.posterior.log_std[hidden_BS])
-        first_BSd, kl_BS = self.z_BSd[: hidden_BS.shape[0]], self.kl_BS.unflatten(0, (self.num_samples, -1)).mean(0)
-        return posterior_sums(chosen, first_BSd[hidden_BS], kl_BS[hidden_BS])
-
-
-def _divergence(posterior: Gaussian, prior: Gaussian, z: Tensor, *, closed_form: bool) -> Tensor:
-    """KL(posterior, prior) [...], or what a draw of z from the posterior says of it."""
-    return posterior.kl(prior).sum(-1) if closed_form else posterior.log_prob(z) - prior.log_prob(z)
-
-
-def _draw_in_turn(
-    prior: EarlierBlocksPrior, posterior: Gaussian, hidden_BS: Tensor, noise_BSd: Tensor, *, closed_form: bool
-) -> tuple[Tensor, Tensor]:
-    """z and its KL block by block: the prior of each depends on what was drawn before it."""
-    z_BSd, kl = noise_BSd[:, :0], []
-    for block in range(noise_BSd.shape[1]):
-        ahead = prior(z_BSd)
-        here = Gaussian(ahead.mean[:, -1], ahead.log_std[:, -1])
-        own = Gaussian(posterior.mean[:, block], posterior.log_std[:, block])
-        z_Bd = own.where(hidden_BS[:, block], here).sample(noise_BSd[:, block])
-        kl.append(torch.where(hidden_BS[:, block], _divergence(own, here, z_Bd, closed_form=closed_form), 0.0))
-        z_BSd = torch.cat((z_BSd, z_Bd[:, None]), dim=1)
-    return z_BSd, torch.stack(kl, dim=1)
