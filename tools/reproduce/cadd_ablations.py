@@ -180,7 +180,7 @@ ABLATIONS = Reproduction(
         "nats (at most ln 64 = 4.16). baseline.text is held-out text under the same judge.",
         "held_out: nats per token. nelbo bounds -log p (and is exact for `ar`); nll_discrete sees hints made from the "
         "answer and is no bound, so the two do not compare (docs/errata.md).",
-        "Quick runs see 1M tokens, from which a model only begins to learn to read hints; full ones see 8M.",
+        "Quick runs see 1M tokens, from which a model only begins to learn to read hints; full ones see 5M.",
         "Tables 8 and 9 sample with the soft estimate of z0: the 0.24 of the paper's Table 8 can only be soft.",
         "The paper has MAUVE on OpenWebText: add 0.24, concatenate 0.21, reweight 0.24; flow matching 0.24, VP 0.24; "
         "after CE, CE + soft MSE and CE + hard MSE 0.24, 0.24, 0.22 with the soft estimate and 0.18, 0.24, 0.24 with "
