@@ -16,6 +16,7 @@ class RevealAmount(StrEnum):
     """How many positions a step reveals."""
 
     even = "even"
+    cosine = "cosine"
     ancestral = "ancestral"
 
 
@@ -63,7 +64,10 @@ def sampling_settings(
     ] = None,
     amount: Annotated[
         RevealAmount,
-        typer.Option(help="Positions per step: the same number, or as the reverse process draws (in random order)."),
+        typer.Option(
+            help="Positions per step: the same number, few at first and many at the end (cosine), or as the reverse "
+            "process draws (ancestral, in random order)."
+        ),
     ] = RevealAmount.even,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.0,
     top_p: Annotated[

@@ -3,6 +3,7 @@
 Shapes: B sequences, L positions.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,3 +45,18 @@ class Even:
     def __call__(self, masked_BL: Tensor, step: int, steps: int, key: NoiseKey) -> Tensor:
         """See Amount."""
         return -(-masked_BL.sum(1) // (steps - step))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Few while little is known, many at the end: cos(pi / 2 * i / steps) stay masked after i steps.
+
+    The schedule of MaskGIT (Chang et al. 2022). Where early tokens decide later ones, as in a
+    puzzle, the same number of steps errs less.
+    """
+
+    def __call__(self, masked_BL: Tensor, step: int, steps: int, key: NoiseKey) -> Tensor:
+        """See Amount."""
+        now, then = (math.cos(math.pi / 2 * i / steps) for i in (step, step + 1))
+        masked_B = masked_BL.sum(1)
+        return masked_B - (masked_B * (then / now)).floor().long()

@@ -5,12 +5,14 @@ from typing import Literal
 
 from model.config import ModelConfig
 
-from .amount import Ancestral, Even
+from .amount import Amount, Ancestral, Cosine, Even
 from .choice import TokenChoice
 from .hints import HintPolicy
 from .latents import LatentPolicy
 from .loop import Policies
 from .order import OrderName
+
+AmountName = Literal["even", "cosine", "ancestral"]
 
 DEFAULT_STEPS = 64
 
@@ -21,6 +23,7 @@ class SamplingSettings:
 
     Args:
         steps: most denoising steps of a block; None: 64, or one for every token of an autoregressive model.
+        amount: the same number of positions every step, few at first and many at the end, or the reverse process.
         order: None: left_to_right for an autoregressive model, random with the ancestral amount, else top_probability.
         latent: where z comes from after a block's first step.
         hints: how many hints a step averages over.
@@ -28,7 +31,7 @@ class SamplingSettings:
     """
 
     steps: int | None = None
-    amount: Literal["even", "ancestral"] = "even"
+    amount: AmountName = "even"
     order: OrderName | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -40,7 +43,7 @@ class SamplingSettings:
     @property
     def always_the_same(self) -> bool:
         """Whether a model without latent and hints writes the same text for a prompt, whatever its draws."""
-        same_places = self.steps == 1 or (self.amount == "even" and self.order != "random")
+        same_places = self.steps == 1 or (self.amount != "ancestral" and self.order != "random")
         return self.temperature == 0 and same_places
 
     def for_model(self, model: ModelConfig) -> "SamplingSettings":
@@ -59,8 +62,13 @@ class SamplingSettings:
         """
         order = self.for_model(model).order
         assert order is not None
+        amounts: dict[AmountName, Amount] = {
+            "even": Even(),
+            "cosine": Cosine(),
+            "ancestral": Ancestral(model.schedule),
+        }
         return Policies(
-            amount=Ancestral(model.schedule) if self.amount == "ancestral" else Even(),
+            amount=amounts[self.amount],
             order=order,
             choice=TokenChoice(self.temperature, self.top_p),
             latent=self.latent,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.tokenizers import Tokenizer, make_tokenizer
 from eval.completion import complete
-from eval.sampling.amount import Ancestral, Even
+from eval.sampling.amount import Ancestral, Cosine, Even
 from eval.sampling.choice import TokenChoice
 from eval.sampling.hints import HintPolicy
 from eval.sampling.loop import Policies, sample
@@ -130,6 +130,7 @@ def policies() -> Iterator[Policies]:
     for order in ORDERS:
         yield Policies(Even(), order, TokenChoice(1.0, 0.8))
         yield Policies(Ancestral(ScheduleConfig()), order, TokenChoice(0.7))
+        yield Policies(Cosine(), order, TokenChoice(0.7))
 
 
 def test_a_sample_does_not_depend_on_its_batch(model: MaskedDiffusion) -> None:
@@ -171,6 +172,22 @@ def test_even_reveals_the_same_number_every_step(model: MaskedDiffusion) -> None
     assert revealed_SB[:, 0].tolist() == [3, 3, 2, 2]
     assert revealed_SB.sum(0).tolist() == [10, 7, 3, 0]
     assert int((revealed_SB.max(0).values - revealed_SB.min(0).values).max()) <= 1
+
+
+def test_cosine_reveals_few_while_little_is_known(model: MaskedDiffusion) -> None:
+    hidden_B = torch.tensor([100, 14, 3, 1, 0])
+    masked_BL = torch.arange(100)[None] < hidden_B[:, None]
+    start = SamplerState.start(torch.zeros(5, 100, dtype=torch.int64), masked_BL, mask_id=MASK, seed=0)
+    left = [hidden_B]
+    sample(model, start, Policies(Cosine()), 5, on_step=lambda state: left.append(state.masked_BL.sum(1)))
+    left_SB = torch.stack(left)
+    assert left_SB[-1].tolist() == [0] * 5
+    for step in range(6):
+        wanted = 100 * math.cos(math.pi / 2 * step / 5)
+        assert wanted - 3 < int(left_SB[step, 0]) <= wanted + 1e-9
+    revealed_SB = -left_SB.diff(dim=0)
+    assert (revealed_SB[:-1, :2].diff(dim=0) >= 0).all()
+    assert ((revealed_SB > 0) | (left_SB[:-1] == 0)).all()
 
 
 def test_ancestral_amounts_have_the_right_mean() -> None:

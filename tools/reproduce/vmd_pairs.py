@@ -58,11 +58,15 @@ def steps_note(lengths: Mapping[Budget, Length]) -> str:
     )
 
 
-def jobs_of(recipe: str, prefix: str, length: Length, *extra: str) -> dict[str, Job]:
+def jobs_of(recipe: str, prefix: str, length: Length, *extra: str, latent_dim: int = 32) -> dict[str, Job]:
     """The runs of one setting; latents get a decoder of two blocks and an encoder of one."""
     shared = (*SMALL, f"train.batch_tokens={length.batch_tokens}", *extra)
     base, steps = length.baseline_steps, length.latent_steps
-    latent = ("model.latent.recognition.num_layers=1", f"train.kl_anneal_steps={steps * 3 // 10}")
+    latent = (
+        f"model.latent.dim={latent_dim}",
+        "model.latent.recognition.num_layers=1",
+        f"train.kl_anneal_steps={steps * 3 // 10}",
+    )
     vmd = Job(f"{recipe}_vmd", (*shared, *latent, f"train.steps={steps}"))
     return {
         f"{prefix}.mdm": Job(f"{recipe}_mdm", (*shared, f"train.steps={base}")),
