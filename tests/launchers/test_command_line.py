@@ -381,6 +381,9 @@ def test_from_text_to_a_measured_run(
     assert code == 0
     few = ("sample", "run", "--prompt", "def f", "--num", "2", "--length", "24", "--steps", "4", "--trace")
     assert cli(*few, "--batch-size", "1") == (0, out, "")
+    assert cli(*few, "--amount", "cosine")[0] == 0
+    cosine = json.loads((tmp_path / "run" / "samples" / "sample.json").read_text())
+    assert (cosine["settings"]["amount"], cosine["settings"]["order"]) == ("cosine", "top_probability")
     assert cli(*few, "--amount", "ancestral")[0] == 0
     ancestral = json.loads((tmp_path / "run" / "samples" / "sample.json").read_text())
     assert ancestral["settings"]["order"] == "random"
