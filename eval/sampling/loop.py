@@ -102,7 +102,7 @@ def refuse_unservable(model: MaskedDiffusion, state: SamplerState, policies: Pol
         most = int(state.masked_BL.sum(1).max()) if len(state.masked_BL) else 0
         mends = {
             f"order=left_to_right instead of {policies.order}": policies.order != "left_to_right",
-            "an even amount instead of another": not isinstance(policies.amount, Even),
+            f"amount=even instead of {type(policies.amount).__name__.lower()}": not isinstance(policies.amount, Even),
             f"at least {most} steps instead of {steps}": steps < most,
         }
         if any(mends.values()):
