@@ -36,12 +36,12 @@ LENGTH = {
     "full": {
         "sudoku4": (128, 7200),
         "sudoku4_unique": (256, 4000),
-        "sudoku6": (64, 3500),
+        "sudoku6": (64, 4000),
         "sudoku6_unique": (64, 3000),
     },
 }
 """Rows of a batch, and steps."""
-HELD_ANNEALED = {"quick": {"sudoku4": (400, 500)}, "full": {"sudoku4": (700, 1000), "sudoku6": (1750, 1400)}}
+HELD_ANNEALED = {"quick": {"sudoku4": (400, 500)}, "full": {"sudoku4": (700, 1000), "sudoku6": (1800, 1800)}}
 """Steps, with many solutions, in which a latent costs almost nothing, and then more and more."""
 DEPTH = {4: (4, 2), 6: (4, 3)}
 """Blocks of the denoiser and of the recognition network."""
