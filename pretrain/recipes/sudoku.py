@@ -52,16 +52,17 @@ def _systems(data: SudokuData) -> Family:
         schedule = ScheduleConfig(kind="polynomial", power=0.7 if small else 0.3)
         mdm = replace(mdm, schedule=schedule, loss_weight="uniform")
     latent = LatentConfig(dim=32, recognition=RecognitionConfig(num_layers=2 if small else 4, pool="gated"))
-    modulated = replace(backbone, condition_dim=128, modulation="shared")
+    shared = replace(backbone, modulation="shared")
+    modulated = replace(shared, condition_dim=128)
     if not many:
         vmd = replace(mdm, backbone=modulated, latent=latent)
     elif small:
         vmd = replace(mdm, backbone=modulated, latent=replace(latent, prior="x_t", prior_layers=2))
     else:
-        vmd = replace(mdm, latent=replace(latent, dim=16, inject="embedding"))
+        vmd = replace(mdm, backbone=shared, latent=replace(latent, dim=16, inject="embedding"))
     annealing = {"kl_anneal_steps": 2000}
     if many:
-        annealing = {"kl_hold_steps": 700 if small else 2000, "kl_anneal_steps": 1000 if small else 3000}
+        annealing = {"kl_hold_steps": 700 if small else 2000, "kl_anneal_steps": 1000 if small else 1500}
     return {
         "mdm": _run(data, mdm),
         "vmd": _run(data, vmd, **annealing),
