@@ -154,8 +154,8 @@ SUDOKU_SMALL = Reproduction(
         "and raised over 1,000, 37 and 69 %; held for 1,800 and raised over 1,800, 29 and 56 %; 4,500 steps, 2,000 "
         "and 2,000, 39 and 65 %; with p(z | x_t), 3,600 steps, 34 and 63 %; with a decoder that starts as MDM as "
         "well, 29 and 57 % (500 puzzles); 8 dimensions 32 and 60 % (500); 128 do not come into use. Added to the "
-        "embeddings z tells the grid in half the steps, which in the end is worth no more than a few hundred steps "
-        "are. Shown the solution itself, z has no more than three cells in four right in one call: to write a grid "
-        "into z takes longer than these minutes. Cell by cell MDM solves 99.8 %.",
+        "embeddings z tells the grid in half the steps, and at 3,500 steps the table is no better for it. Shown the "
+        "solution itself, the mean z has three cells in four right in one call (4 x 4: all): to write a grid into z "
+        "takes longer than these minutes. Cell by cell MDM has 99.8 % valid grids, these VMD 89 to 98 %.",
     ),
 )
